@@ -1,0 +1,41 @@
+# Two commands matter: `make demo` and `make test`. Both make the environment first if it is not there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check format demo-source clean
+
+demo: $(STAMP)
+	$(BIN)/explora demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Remakes explora/demo/source.safetensors, the small model the demo starts from.
+demo-source: $(STAMP)
+	$(BIN)/python -c "from pathlib import Path; from explora.data.synthetic import write; \
+	  write(Path('runs/demo_source/images'), 'photos', 'train', 400, seed=1)"
+	$(BIN)/explora pack runs/demo_source/images runs/demo_source/shards
+	$(BIN)/explora pretrain configs/demo_source.yaml
+	rm -f explora/demo/source.safetensors
+	$(BIN)/explora export runs/demo_source/pretrain explora/demo/source.safetensors
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

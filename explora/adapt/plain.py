@@ -1,0 +1,26 @@
+"""The two ends of the scale: everything learns, or nothing does."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from explora.adapt.base import Method
+from explora.models.vit import ViT
+
+
+class Full(Method):
+    """Every parameter learns: the baseline that parameter-efficient methods are compared with."""
+
+    name: Literal["full"] = "full"
+
+    def trains(self, name: str, vit: ViT) -> bool:
+        return True
+
+
+class Frozen(Method):
+    """No parameter of the backbone learns; only what an objective adds to it, such as a head, does."""
+
+    name: Literal["frozen"] = "frozen"
+
+    def trains(self, name: str, vit: ViT) -> bool:
+        return False

@@ -1,0 +1,116 @@
+"""The command line: each verb is exactly one Python call of the same name."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+import explora
+from explora.errors import ExploraError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Adapt a pretrained vision transformer to your own imagery, and read what it gained and forgot.",
+)
+ConfigFile = Annotated[str, typer.Argument(help="YAML config", metavar="CONFIG")]
+Changes = Annotated[list[str] | None, typer.Argument(help="overrides: optim.lr=1e-4", metavar="[KEY=VALUE]...")]
+
+
+@app.command()
+def demo(out: Annotated[str, typer.Argument(help="folder of the run")] = "runs/demo") -> None:
+    """Run the whole chain on generated scenes: a few minutes on a laptop."""
+    explora.demo(out)
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Changes = None) -> None:
+    """Pack, pretrain, fine-tune, probe and report."""
+    explora.run(config, overrides)
+
+
+@app.command()
+def pack(
+    root: Annotated[str, typer.Argument(help="folder of images: <class>/<file>, or <file> without labels")],
+    out: Annotated[str, typer.Argument(help="new folder for the shards")],
+    recipe: Annotated[str, typer.Option(help="how the data set is laid out")] = "folder",
+    shard_mb: Annotated[int, typer.Option(min=1, help="size of a shard in MiB")] = 256,
+) -> None:
+    """Pack images into WebDataset shards with a manifest and an offset index."""
+    explora.pack(root, out, recipe, shard_mb)
+
+
+@app.command()
+def pretrain(config: ConfigFile, overrides: Changes = None) -> None:
+    """Continue self-supervised pretraining on unlabelled shards."""
+    explora.pretrain(config, overrides)
+
+
+@app.command()
+def finetune(config: ConfigFile, overrides: Changes = None) -> None:
+    """Fine-tune with labels."""
+    explora.finetune(config, overrides)
+
+
+@app.command()
+def probe(config: ConfigFile, overrides: Changes = None) -> None:
+    """Judge backbones by linear probe, kNN and retention."""
+    explora.probe(config, overrides)
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(help="folder of a chain", metavar="RUN")],
+    out: Annotated[str | None, typer.Option(help="where to write the page; the run folder unless given")] = None,
+) -> None:
+    """Write a chain's HTML report and print its table."""
+    explora.report(folder, out)
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Changes = None) -> None:
+    """Print what a config would do; trains nothing."""
+    typer.echo(explora.check(config, overrides))
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(help="folder of a finished pretrain or finetune stage", metavar="RUN")],
+    out: Annotated[str, typer.Argument(help="new .safetensors file")],
+    format: Annotated[str, typer.Option(help="timm (merged backbone) or adapter (only what was trained)")] = "timm",
+) -> None:
+    """Write a run's backbone or adapter to a file of its own."""
+    typer.echo(explora.export(folder, out, format))  # type: ignore[arg-type]
+
+
+class _Terminal(logging.Handler):
+    """Log lines above a progress bar; step lines only where there is no bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno > logging.DEBUG or not sys.stderr.isatty():
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point: mistakes of the user end in one message and exit code 2, without a traceback."""
+    logger = logging.getLogger("explora")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.addHandler(_Terminal())
+    try:
+        app()
+    except ExploraError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command again to go on from the last checkpoint", err=True)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

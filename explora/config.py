@@ -1,0 +1,206 @@
+"""Strict YAML plus `a.b=c` overrides to frozen pydantic models; all mistakes reported at once.
+
+A config class stands beside the code that reads it and derives from `Config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from explora.errors import ConfigError
+
+Overrides: TypeAlias = Mapping[str, Any] | Sequence[str] | None
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, keyword-only, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def read(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> dict[str, Any]:
+    """Read a YAML file or a mapping, expand `${VAR}` / `${VAR:-default}`, apply dotted overrides.
+
+    Overrides are `{"optim.lr": 1e-4}` or `["optim.lr=1e-4"]`; their values are read as YAML.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or an override has no `=`.
+    """
+    raw: Any = _read_yaml(Path(source)) if isinstance(source, str | Path) else _copy(source)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{name_of(source)}: expected a mapping of keys, got {type(raw).__name__}")
+    for path, value in _pairs(overrides):
+        _set(raw, path, value)
+    return _expand(raw)
+
+
+def validate(kind: type[C], raw: Mapping[str, Any], source: object = "config") -> C:
+    """Turn a mapping into a config.
+
+    Raises:
+        ConfigError: lists every problem with its path and, for an unknown key, the nearest known one.
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_problem(kind, raw, item) for item in error.errors(include_url=False)))
+        head = f"{name_of(source)}: {len(lines)} problem{'s' if len(lines) != 1 else ''}"
+        raise ConfigError("\n  ".join([head, *lines])) from None
+
+
+def load(kind: type[C], source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> C:
+    """`read` then `validate`."""
+    return validate(kind, read(source, overrides), source)
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def name_of(source: object) -> str:
+    """How messages call a config source: its path, or `config` for a mapping."""
+    return str(source) if isinstance(source, str | Path) else "config"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as a string; this loader reads it as the number everyone means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise ConfigError(f"{path}: cannot read this config: {reason}") from None
+    try:
+        return yaml.load(text, _Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+
+
+def _copy(value: Any) -> Any:
+    """A deep copy in plain containers, so that overrides never reach the caller's mapping."""
+    if isinstance(value, Mapping):
+        return {str(key): _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _pairs(overrides: Overrides) -> Iterator[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        yield from ((str(path), _copy(value)) for path, value in overrides.items())
+        return
+    for item in overrides or ():
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"override '{item}': expected key=value, for example optim.lr=1e-4")
+        try:
+            yield path, yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override '{item}': the value is not valid YAML: {error}") from None
+
+
+def _set(raw: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    node = raw
+    for key in parents:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override '{path}': '{key}' holds {child!r}, which has no keys")
+        node = child
+    node[last] = value
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item) for item in value]
+    return _VARIABLE.sub(_variable, value) if isinstance(value, str) else value
+
+
+def _variable(match: re.Match[str]) -> str:
+    name, default = match.groups()
+    value = os.environ.get(name, default)
+    if value is None:
+        raise ConfigError(f"${{{name}}}: this environment variable is not set; set it or write ${{{name}:-default}}")
+    return value
+
+
+def _problem(kind: type[Config], raw: Any, item: Any) -> str:
+    # pydantic puts the tag of a discriminated union into the path; keep only keys the user wrote.
+    location = [part for part, keep in _written(raw, item["loc"]) if keep]
+    path = ".".join(str(part) for part in location) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _known_keys(kind, raw, item["loc"]), n=1)
+        return f"{path}: no such key" + (f"; did you mean '{near[0]}'?" if near else "")
+    if item["type"] == "missing":
+        return f"{path}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:].replace("Input should be", "expected", 1)
+    message = message.replace("input should be", "expected", 1)
+    shown = item.get("input")
+    return f"{path}: {message}" + (f", got {shown!r}" if isinstance(shown, str | int | float | None) else "")
+
+
+def _written(raw: Any, location: Sequence[str | int]) -> Iterator[tuple[str | int, bool]]:
+    """Each part of a pydantic location, with whether it is a key of the input rather than a union's tag."""
+    node = raw
+    for number, part in enumerate(location):
+        last = number == len(location) - 1
+        if isinstance(node, Mapping) and part not in node and not last:
+            yield part, False
+            continue
+        yield part, True
+        try:
+            node = node[part]
+        except (KeyError, IndexError, TypeError):
+            node = None
+
+
+def _known_keys(kind: type[Config], raw: Any, location: Sequence[str | int]) -> list[str]:
+    """Field names of the config that holds the last key of `location`."""
+    kinds: list[type[Config]] = [kind]
+    node: Any = raw
+    for part in location[:-1]:
+        tagged = [k for k in kinds if (f := k.model_fields.get("name")) is not None and f.default == part]
+        if isinstance(node, Mapping) and part not in node and tagged:
+            kinds = tagged
+            continue
+        try:
+            node = node[part]
+        except (KeyError, IndexError, TypeError):
+            node = None
+        if isinstance(part, str):
+            kinds = [c for k in kinds if part in k.model_fields for c in _configs_in(k.model_fields[part].annotation)]
+    return sorted({name for k in kinds for name in k.model_fields})
+
+
+def _configs_in(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, Annotated, list, dict, tuple):
+        return [found for argument in get_args(annotation) for found in _configs_in(argument)]
+    return []

@@ -1,0 +1,210 @@
+"""Writes images into tar shards, all or nothing; every image is decoded once as a check."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from explora.data.index import (
+    INDEX,
+    MANIFEST,
+    ROW,
+    Fingerprint,
+    Manifest,
+    ShardFile,
+    ShardSet,
+    Skipped,
+    decode,
+)
+from explora.errors import DataError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+SHARD_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One image on disk, as a recipe in `data_shards/` yields it."""
+
+    path: Path
+    label: int = -1
+    """Number of its class, -1 without one."""
+    name: str = ""
+    """The path to record, relative to the data set; the bare file name when empty."""
+
+    @property
+    def recorded(self) -> str:
+        """What shards and messages call this image."""
+        # File names need not be valid text; a manifest must be.
+        return (self.name or self.path.name).encode(errors="replace").decode()
+
+
+def pack(
+    samples: Iterable[RawSample],
+    out: str | Path,
+    *,
+    name: str,
+    classes: list[str] | None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> ShardSet:
+    """Write plain WebDataset tars, `index.npy` and `manifest.json` into the new folder `out`.
+
+    Original bytes are kept. Images that do not decode are left out and listed as `skipped`. The same input
+    gives the same bytes. `progress` is called with the number of images seen so far.
+
+    Raises:
+        DataError: `out` exists, no image is usable, a label has no class, or the disk is full.
+    """
+    out = Path(out)
+    if out.exists():
+        raise DataError(f"{out}: already exists; remove it or choose another folder")
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+        writer = _Writer(partial, shard_bytes, Fingerprint(classes))
+        skipped = _write(samples, writer, len(classes or ()), progress)
+        writer.finish(name, classes, skipped)
+        os.rename(partial, out)
+        _sync_folder(out.parent)
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return ShardSet.open(out)
+
+
+def _write(
+    samples: Iterable[RawSample], writer: _Writer, classes: int, progress: Callable[[int], None] | None
+) -> list[Skipped]:
+    skipped = []
+    for seen, sample in enumerate(samples, 1):
+        if not -1 <= sample.label < classes:
+            raise DataError(f"{sample.path}: label {sample.label}, but there are {classes} class names")
+        try:
+            blob = _checked(sample.path)
+        except DataError as error:
+            skipped.append(Skipped(path=sample.recorded, reason=str(error)))
+        else:
+            writer.add(sample, blob)
+        if progress:
+            progress(seen)
+    if not writer.count:
+        shown = "".join(f"\n  {item.path}: {item.reason}" for item in skipped[:3])
+        raise DataError(f"nothing to pack: {len(skipped)} images found, none usable{shown}")
+    return skipped
+
+
+def _checked(path: Path) -> bytes:
+    if path.suffix.lower() not in EXTENSIONS:
+        raise DataError(f"'{path.suffix}' is none of {', '.join(sorted(EXTENSIONS))}")
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
+    decode(blob)
+    return blob
+
+
+class _Writer:
+    """Appends samples to the current tar and starts the next one when it is full."""
+
+    def __init__(self, folder: Path, shard_bytes: int, fingerprint: Fingerprint) -> None:
+        self.count = 0
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._fingerprint = fingerprint
+        self._shards: list[ShardFile] = []
+        self._tables: list[np.ndarray] = []
+        self._rows: list[tuple[int, int, int, int, bytes]] = []
+        self._tar: tarfile.TarFile | None = None
+
+    def add(self, sample: RawSample, blob: bytes) -> None:
+        if self._tar is not None and self._tar.offset + len(blob) > self._shard_bytes:
+            self._close()
+        if self._tar is None:
+            self._tar = tarfile.open(self._shard_path(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        key = f"{self.count:09d}"
+        offset = _member(self._tar, key + sample.path.suffix.lower(), blob)
+        if sample.label >= 0:
+            _member(self._tar, f"{key}.cls", str(sample.label).encode())
+        _member(self._tar, f"{key}.json", json.dumps({"path": sample.recorded}).encode())
+        self._rows.append((len(self._shards), offset, len(blob), sample.label, key.encode()))
+        self._fingerprint.add(sample.label, blob)
+        self.count += 1
+
+    def finish(self, name: str, classes: list[str] | None, skipped: list[Skipped]) -> None:
+        self._close()
+        index = self._folder / INDEX
+        np.save(index, np.concatenate(self._tables))
+        _sync(index)
+        manifest = Manifest(
+            name=name,
+            samples=self.count,
+            bytes=sum(shard.bytes for shard in self._shards),
+            classes=classes,
+            shards=self._shards,
+            fingerprint=self._fingerprint.hexdigest(),
+            skipped=skipped,
+        )
+        path = self._folder / MANIFEST
+        path.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        _sync(path)
+        _sync_folder(self._folder)
+
+    def _shard_path(self) -> Path:
+        return self._folder / f"shard-{len(self._shards):06d}.tar"
+
+    def _close(self) -> None:
+        if self._tar is None:
+            return
+        path = self._shard_path()
+        self._tar.close()
+        self._tar = None
+        _sync(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        shard = ShardFile(file=path.name, samples=len(self._rows), bytes=path.stat().st_size, sha256=digest)
+        self._shards.append(shard)
+        self._tables.append(np.array(self._rows, dtype=ROW))
+        self._rows = []
+
+
+def _member(tar: tarfile.TarFile, name: str, blob: bytes) -> int:
+    """Append one file; returns where its bytes start. A fresh TarInfo has owner 0 and time 0."""
+    info = tarfile.TarInfo(name)
+    info.size = len(blob)
+    # Our names are short, so the USTAR header is always one block.
+    start = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(info, io.BytesIO(blob))
+    return start
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _unwritable(out: Path, error: OSError) -> DataError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DataError(f"{out}: no free space is left on this disk; make room or choose another folder")
+    return DataError(f"{out}: cannot be written: {error}")

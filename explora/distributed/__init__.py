@@ -1,0 +1,15 @@
+"""Devices, ranks and reductions; without a process group every function is that of one process."""
+
+from explora.distributed.device import Precision, autocast, device_of, precision_on
+from explora.distributed.world import all_reduce_max, all_reduce_sum, rank, size
+
+__all__ = [
+    "Precision",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "autocast",
+    "device_of",
+    "precision_on",
+    "rank",
+    "size",
+]

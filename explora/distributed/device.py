@@ -1,0 +1,45 @@
+"""Which device computes, and in which number format."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Literal
+
+import torch
+
+from explora.errors import RunError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a config names; `auto` takes a GPU when there is one.
+
+    Raises:
+        RunError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def precision_on(device: torch.device, precision: Precision) -> Literal["fp32", "bf16"]:
+    """Resolve `auto`: bf16 where the device multiplies it fast, fp32 elsewhere; never fp16."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        can = torch.cpu.get_capabilities()
+        fast = device.type == "cpu" and bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    return "bf16" if fast else "fp32"
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """A context in which matrix products run in the resolved format."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(device, precision) == "bf16")

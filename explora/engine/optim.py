@@ -1,0 +1,167 @@
+"""AdamW with groups chosen by rules on parameter names, and its schedule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from explora.config import Config
+from explora.errors import ConfigError
+from explora.objectives import Objective
+from explora.schedules import Length, LengthField, Progress, cosine, linear
+
+
+class Rule(Config):
+    """Settings for the parameters whose name a pattern finds; the first rule that matches counts."""
+
+    match: str
+    """Regular expression searched in the name, such as `lora_` or `blocks\\.11\\.`."""
+    lr: float = Field(ge=0)
+    """Peak learning rate of these parameters, scaled as `optim.lr` is."""
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
+
+
+class OptimConfig(Config):
+    """AdamW and its schedule: a linear warm-up, then half a cosine."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate before `lr_rule`."""
+    lr_rule: Literal["none", "sqrt1024", "linear256"] = "none"
+    """How the rate follows the batch of a step: not, by sqrt(batch / 1024) (DINOv2), by batch / 256 (MAE)."""
+    min_lr: float = Field(1e-6, ge=0)
+    """Where the cosine ends, relative to no rule."""
+    warmup: LengthField = Length(10, "%")
+    """Length of the linear warm-up from zero."""
+    weight_decay: tuple[float, float] = (0.04, 0.04)
+    """Start and end of the cosine of weight decay; biases, norms and LayerScale have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = Field(3.0, gt=0)
+    """Largest gradient norm over all that trains; null does not clip."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor on the rate from each block to the one before it."""
+    rules: tuple[Rule, ...] = ()
+    """Learning rates of their own for some parameters."""
+
+    def peak(self, lr: float, batch: int) -> float:
+        """The effective peak rate for a configured one at a batch of so many images a step."""
+        factor = {"none": 1.0, "sqrt1024": (batch / 1024) ** 0.5, "linear256": batch / 256}
+        return lr * factor[self.lr_rule]
+
+
+class Optimizer:
+    """AdamW over what an objective trains; `step` takes a step only when everything is finite."""
+
+    def __init__(self, config: OptimConfig, objective: Objective, batch: int) -> None:
+        self.config = config
+        self.objective = objective
+        self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        if not self.named:
+            raise ConfigError("adapt: nothing is trained; choose a method other than 'frozen' for this objective")
+        unused = [rule.match for rule in config.rules if not any(re.search(rule.match, n) for n in self.named)]
+        if unused:
+            raise ConfigError(
+                f"optim.rules: no trained parameter matches {unused}; trained are {_families(self.named)}"
+            )
+        groups: dict[tuple[float, bool, str], list[nn.Parameter]] = {}
+        for name, parameter in self.named.items():
+            key = (
+                config.peak(self._lr(name), batch) * self._depth_factor(name),
+                _decays(name, parameter),
+                objective.role(name),
+            )
+            groups.setdefault(key, []).append(parameter)
+        self.groups = list(groups)
+        self.adamw = torch.optim.AdamW(
+            [{"params": parameters} for parameters in groups.values()],
+            lr=0.0,
+            betas=config.betas,
+            fused=True,
+        )
+
+    def step(self, progress: Progress, loss: Tensor) -> float | None:
+        """Clip, schedule, update; gradients are cleared.
+
+        Returns:
+            The gradient norm before clipping, or None when it or the loss was not finite and nothing was changed.
+        """
+        parameters = [p for p in self.named.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        finite = bool(torch.isfinite(norm + loss))
+        if finite:
+            if self.config.clip is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
+            self._schedule(progress)
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return float(norm) if finite else None
+
+    def lr(self, progress: Progress) -> float:
+        """Share of the peak rates that the schedule allows at this step, as a rate for a peak of `optim.lr`."""
+        peak = self.config.peak(self.config.lr, progress.batch)
+        return self._rate(peak, progress)
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and step counts by parameter name, for a checkpoint."""
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self.named.items()
+            for key, value in self.adamw.state.get(parameter, {}).items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave."""
+        for label, value in state.items():
+            name, _, key = label.rpartition("/")
+            self.adamw.state[self.named[name]][key] = value.clone()
+
+    def _rate(self, peak: float, progress: Progress) -> float:
+        warm = progress.over(self.config.warmup)
+        if warm < 1:
+            # The first step counts as one already: a rate of exactly zero would waste it.
+            steps = self.config.warmup.steps(batch=progress.batch, samples=progress.samples, total=progress.steps)
+            return linear(0, peak, (progress.step + 1) / (steps + 1))
+        start = self.config.warmup.steps(batch=progress.batch, samples=progress.samples, total=progress.steps)
+        share = (progress.step - start) / max(1, progress.steps - start)
+        return cosine(peak, min(peak, self.config.min_lr), share)
+
+    def _schedule(self, progress: Progress) -> None:
+        decay = cosine(*self.config.weight_decay, progress.fraction)
+        for group, (peak, decays, role) in zip(self.adamw.param_groups, self.groups, strict=True):
+            group["lr"] = self._rate(peak, progress) * self.objective.lr_scale(role, progress)
+            group["weight_decay"] = decay if decays else 0.0
+
+    def _lr(self, name: str) -> float:
+        return next((rule.lr for rule in self.config.rules if re.search(rule.match, name)), self.config.lr)
+
+    def _depth_factor(self, name: str) -> float:
+        """layer_decay ** (blocks between this parameter and the head)."""
+        path, backbone, rest = name.partition("backbone.")
+        del path
+        if not backbone or rest.startswith("norm."):
+            return 1.0
+        depth = self.objective.backbone.depth
+        layer = int(rest.split(".")[1]) + 1 if rest.startswith("blocks.") else 0
+        return self.config.layer_decay ** (depth + 1 - layer)
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    return not (name.endswith((".bias", ".gamma", "weight_g")) or "norm" in name or parameter.ndim < 2)
+
+
+def _families(names: Iterable[str]) -> str:
+    """Trained names without their numbers, short enough for a message."""
+    families = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return ", ".join(list(families)[:12])

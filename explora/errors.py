@@ -1,0 +1,35 @@
+"""Every error that a user can meet, drawn as a tree.
+
+    ExploraError
+    ├── ConfigError      a config file, key, value or override is wrong
+    ├── DataError        images, shards or manifests cannot be read, or do not fit the task
+    ├── WeightsError     a checkpoint does not fit the model, or only in part
+    └── RunError         a run folder is in use, does not match, or cannot be written
+        └── TrainingError    training cannot go on (for example non-finite losses)
+
+The message says what is wrong and what to do; the command line prints it without a traceback.
+"""
+
+
+class ExploraError(ValueError):
+    """Base of all errors caused by input, never by a defect of explora itself."""
+
+
+class ConfigError(ExploraError):
+    """A config file, key, value or override is wrong."""
+
+
+class DataError(ExploraError):
+    """Images, shards or manifests cannot be read, or do not fit the task."""
+
+
+class WeightsError(ExploraError):
+    """A checkpoint does not fit the model, or fits it only in part."""
+
+
+class RunError(ExploraError):
+    """A run folder is in use, belongs to another config, or cannot be written."""
+
+
+class TrainingError(RunError):
+    """Training cannot go on, for example because losses stay non-finite."""

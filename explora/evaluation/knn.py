@@ -1,0 +1,109 @@
+"""Nearest neighbours on class tokens: no training, so nothing to tune but k."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from explora.errors import DataError
+from explora.evaluation.base import Evaluator, Result, accuracy, encode, known_classes
+from explora.evaluation.features import Features
+
+_PAIRS_AT_ONCE = 2**24
+
+
+class KNN(Evaluator):
+    """k-nearest-neighbour vote by cosine similarity of the last class token.
+
+    Source: Wu et al. 2018, Caron et al. 2021 (DINO), Oquab et al. 2023 (DINOv2).
+    """
+
+    name: Literal["knn"] = "knn"
+    """Picks this evaluator."""
+    k: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
+    """How many neighbours vote; of several that the images suffice for, the best on validation is used."""
+    temperature: float = Field(default=0.07, gt=0)
+    """A neighbour votes with weight exp(similarity / temperature)."""
+    weighted: bool = True
+    """Whether nearer neighbours count more; otherwise all k votes are equal."""
+    leave_one_out: bool = False
+    """Whether every image of train, val and test is scored against all others; takes a single k."""
+
+    @model_validator(mode="after")
+    def _single_k_without_validation(self) -> KNN:
+        if self.leave_one_out and len(self.k) > 1:
+            raise ValueError("leave_one_out leaves no images to choose k on; give a single k, for example k: [10]")
+        return self
+
+    def evaluate(self, train: Features, val: Features, test: Features) -> Iterator[Result]:
+        known = known_classes(train, val, test)
+        bank = train.join(val)
+        if self.leave_one_out:
+            images = bank.join(test)
+            k = self._fitting(len(images) - 1)[0]
+            predictions = self.predict(images, None, known, [k])[0]
+            selected: dict[str, Any] = {"k": k, "leave_one_out": True}
+        else:
+            images = test
+            selected = self._choose(train, val, known)
+            predictions = self.predict(bank, images, known, [selected["k"]])[0]
+        yield Result.over(self.name, (predictions == images.labels).numpy(), selected, predictions.numpy())
+
+    def predict(self, bank: Features, queries: Features | None, known: Tensor, k: Sequence[int]) -> Tensor:
+        """Labels (len(k), N) of the queries, or of the bank's own images each left out of its own vote.
+
+        Equally near neighbours enter in the bank's order; of equal votes the lowest label wins.
+        """
+        keys = normalize(bank.matrix(), dim=1)
+        wanted = keys if queries is None else normalize(queries.matrix(), dim=1)
+        classes = encode(known, bank.labels)
+        size = max(1, _PAIRS_AT_ONCE // len(keys))
+        found = []
+        for first in range(0, len(wanted), size):
+            similarity = wanted[first : first + size] @ keys.T
+            if queries is None:
+                similarity.diagonal(first).fill_(-torch.inf)
+            values, nearest = _largest(similarity, max(k))
+            # the largest exponent is 0, so a small temperature cannot overflow
+            logits = (values - values[:, :1]) / self.temperature
+            weights = logits.exp() if self.weighted else torch.ones_like(logits)
+            found.append(_vote(weights, classes[nearest], len(known), k))
+        return known[torch.cat(found, dim=1)]
+
+    def _choose(self, train: Features, val: Features, known: Tensor) -> dict[str, Any]:
+        if len(self.k) == 1:
+            return {"k": self._fitting(len(train) + len(val))[0]}
+        candidates = self._fitting(len(train))
+        accuracies = [accuracy(p, val.labels) for p in self.predict(train, val, known, candidates)]
+        best = max(accuracies)
+        return {"k": candidates[accuracies.index(best)], "val_accuracy": best}
+
+    def _fitting(self, available: int) -> list[int]:
+        fitting = [k for k in self.k if k <= available]
+        if not fitting:
+            raise DataError(f"k {min(self.k)} is more than the {available} images to choose neighbours from; lower it")
+        return fitting
+
+
+def _vote(weights: Tensor, labels: Tensor, classes: int, k: Sequence[int]) -> Tensor:
+    """The class (len(k), M) with most weight among the first k columns of weights (M, K), labels (M, K)."""
+    votes = [torch.zeros(len(labels), classes).scatter_add_(1, labels[:, :first], weights[:, :first]) for first in k]
+    return torch.stack(votes).argmax(dim=-1)
+
+
+def _largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row of a float32 (M, N), and where; of equal ones the first.
+
+    topk alone promises no order among equals, so it is asked about integers that are all different: the
+    bits of a float (flipped below zero, they sort like the float) above the column counted from the right.
+    """
+    bits = similarity.contiguous().view(torch.int32).long()
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    columns = torch.arange(similarity.shape[1] - 1, -1, -1)
+    places = (ordered * 2**32 + columns).topk(k, dim=1).indices
+    return similarity.gather(1, places), places

@@ -1,0 +1,74 @@
+"""Self-attention over packed sequences: groups of equal length side by side in one token axis."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class Group(NamedTuple):
+    """`images` sequences of `tokens` tokens each, stored one after another."""
+
+    images: int
+    tokens: int
+
+
+def attend(qkv_T3HK: Tensor, groups: Sequence[Group]) -> Tensor:
+    """Attention inside each sequence, none across.
+
+    Args:
+        qkv_T3HK: queries, keys and values of T tokens, H heads of width K.
+        groups: what the token axis is made of; T = sum of images x tokens.
+
+    Returns:
+        (T, H, K) in the dtype of the values.
+
+    The kernel follows the device: xformers' block-diagonal kernel on CUDA where it is installed, explicit
+    batched products for bf16 on a CPU (whose fused kernel is slower in bf16 than in fp32), one fused
+    `scaled_dot_product_attention` per group otherwise.
+    """
+    if qkv_T3HK.is_cuda and len(groups) > 1 and _has_xformers():
+        return _block_diagonal(qkv_T3HK, groups)
+    explicit = qkv_T3HK.dtype == torch.bfloat16 and qkv_T3HK.device.type == "cpu"
+    attention = _explicit if explicit else scaled_dot_product_attention
+    out = []
+    for part in _parts(qkv_T3HK, groups):
+        q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)
+        out.append(attention(q, k, v).transpose(1, 2).flatten(0, 1))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _parts(qkv_T3HK: Tensor, groups: Sequence[Group]) -> Iterator[Tensor]:
+    parts = qkv_T3HK.split([group.images * group.tokens for group in groups])
+    for part, group in zip(parts, groups, strict=True):
+        yield part.unflatten(0, (group.images, group.tokens))
+
+
+def _explicit(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor) -> Tensor:
+    scores = (q_BHNK * q_BHNK.shape[-1] ** -0.5) @ k_BHNK.transpose(-2, -1)
+    return scores.softmax(-1).to(v_BHNK.dtype) @ v_BHNK
+
+
+@cache
+def _has_xformers() -> bool:
+    return importlib.util.find_spec("xformers") is not None
+
+
+@cache
+def _block_diagonal_mask(groups: tuple[Group, ...]) -> Any:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    return BlockDiagonalMask.from_seqlens([group.tokens for group in groups for _ in range(group.images)])
+
+
+def _block_diagonal(qkv_T3HK: Tensor, groups: Sequence[Group]) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = qkv_T3HK.unsqueeze(0).unbind(2)
+    return memory_efficient_attention(q, k, v, attn_bias=_block_diagonal_mask(tuple(groups)))[0]

@@ -1,0 +1,76 @@
+"""Write backbones and adapters: whole safetensors files that say what they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from explora.errors import WeightsError
+from explora.models.vit import ViT
+from explora.models.weights import METADATA_KEY, fingerprint, read_tensors
+from explora.runs import write_atomically
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+    """Write a safetensors file atomically, with `metadata` as JSON under our key.
+
+    Raises:
+        RunError: the file cannot be written; nothing is left behind.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(contiguous, {METADATA_KEY: json.dumps(dict(metadata))}))
+    return path
+
+
+def save_backbone(path: Path, vit: ViT) -> Path:
+    """Write a plain (merged) ViT in timm's names.
+
+    `timm.create_model(name, num_classes=0, global_pool="token", fc_norm=False, img_size=...)` loads the tensors
+    strictly; the mask token, of which timm knows nothing, is left out.
+    """
+    tensors = {name: tensor for name, tensor in vit.state_dict().items() if name != "mask_token"}
+    adapted = [name for name in tensors if name.endswith(("lora_a", "lora_b"))]
+    if adapted:
+        raise WeightsError(f"merge the adapter before saving a backbone: it still holds {adapted[0]}")
+    return save_tensors(path, tensors, _facts(vit))
+
+
+def save_adapter(path: Path, vit: ViT, learnt: list[str], method: Mapping[str, Any]) -> Path:
+    """Write only what was trained, with the method's config and the fingerprint of the frozen rest."""
+    state = vit.state_dict()
+    frozen = {name: tensor for name, tensor in state.items() if name not in learnt}
+    metadata = {
+        **_facts(vit),
+        "method": dict(method),
+        "base": fingerprint(frozen),
+    }
+    return save_tensors(path, {name: state[name] for name in learnt}, metadata)
+
+
+def _facts(vit: ViT) -> dict[str, Any]:
+    return {"name": vit.name, "options": vit.options, "image_size": vit.image_size}
+
+
+def load_adapter(path: str | Path, vit: ViT) -> None:
+    """Put an adapter's tensors into a ViT on which its method has been applied.
+
+    Raises:
+        WeightsError: other names or shapes than the model's, or another frozen base than it was trained on.
+    """
+    tensors, metadata = read_tensors(path)
+    state = dict(vit.state_dict())
+    strange = [name for name in tensors if name not in state or state[name].shape != tensors[name].shape]
+    if strange:
+        raise WeightsError(f"{path}: does not fit this model and method: {', '.join(strange[:5])}")
+    base = fingerprint({name: tensor for name, tensor in state.items() if name not in tensors})
+    if metadata.get("base") != base:
+        raise WeightsError(f"{path}: was trained on other base weights than the ones loaded")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)

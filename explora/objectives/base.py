@@ -1,0 +1,75 @@
+"""The contract of every training objective."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from explora.models import ViT
+from explora.schedules import Progress
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The loss of one micro-batch, already weighted by its share of the step, and the parts it is made of."""
+
+    loss: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars for the log, weighted alike, so that their sums over a step's micro-batches are its values."""
+
+
+class Objective(nn.Module, abc.ABC):
+    """What is learnt. A step calls `targets` once, `forward` and backward per micro-batch, then `after_step`."""
+
+    inputs: frozenset[str]
+    """The views a batch must hold."""
+
+    @property
+    @abc.abstractmethod
+    def backbone(self) -> ViT:
+        """The model that gradients reach."""
+
+    @property
+    @abc.abstractmethod
+    def result(self) -> ViT:
+        """The model to export: an EMA teacher where there is one."""
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """What is trained beside the backbone and thrown away or kept apart afterwards."""
+        return []
+
+    def targets(self, micro_batches: Sequence[Batch], progress: Progress) -> list[Any]:
+        """What the whole batch says to each micro-batch; no gradients."""
+        return [None] * len(micro_batches)
+
+    @abc.abstractmethod
+    def forward(self, batch: Batch, target: Any, progress: Progress) -> StepOutput:
+        """The loss of one micro-batch."""
+
+    def after_step(self, progress: Progress) -> None:
+        """What follows an optimizer step."""
+
+    def role(self, name: str) -> str:
+        """The part that a parameter plays, for `lr_scale`: `backbone` or `head` unless a subclass knows more."""
+        return "backbone" if ".backbone." in f".{name}" else "head"
+
+    def lr_scale(self, role: str, progress: Progress) -> float:
+        """Factor on the learning rate of all parameters of a role at this step."""
+        return 1.0
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The frozen base: the backbone's parameters that do not learn, by name."""
+        return {name: p for name, p in self.backbone.named_parameters() if not p.requires_grad}
+
+    def learnt(self) -> dict[str, Tensor]:
+        """Everything a checkpoint must hold: all parameters and buffers that are no part of the frozen base."""
+        base = {id(tensor) for tensor in self.frozen().values()}
+        state = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if id(tensor) not in base}

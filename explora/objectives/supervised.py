@@ -1,0 +1,100 @@
+"""Supervised fine-tuning: a linear head on the backbone's features."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from explora.config import Config
+from explora.models import Tokens, ViT
+from explora.models.vit import Mixup
+from explora.objectives.base import Batch, Objective, StepOutput
+from explora.schedules import Progress
+
+
+class SupervisedConfig(Config):
+    """Settings of supervised fine-tuning; the defaults are those of the ExPLoRA paper's LoRA-r8 recipe."""
+
+    name: Literal["supervised"] = "supervised"
+    pool: Literal["cls", "mean", "cls_mean"] = "mean"
+    """Feature under the head: class token, mean of the patch tokens, or both side by side."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of mixup; 0 is off."""
+    cutmix: float = Field(0.0, ge=0)
+    """Alpha of CutMix; 0 is off."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Share of images that skip a residual branch."""
+    head_std: float = Field(2e-5, gt=0)
+    """Standard deviation of the head's initial weights."""
+
+
+class Supervised(Objective):
+    """Cross-entropy on labels, with label smoothing, mixup and CutMix as timm has them."""
+
+    inputs = frozenset({"image", "label"})
+
+    def __init__(self, config: SupervisedConfig, backbone: ViT, classes: int) -> None:
+        super().__init__()
+        self.config = config
+        backbone.drop_path = config.drop_path
+        width = backbone.width * (2 if config.pool == "cls_mean" else 1)
+        self.student = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(width, classes)})
+        nn.init.trunc_normal_(self.head.weight, std=config.head_std)
+        nn.init.zeros_(self.head.bias)
+        self._mix = None
+        if config.mixup > 0 or config.cutmix > 0:
+            self._mix = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                label_smoothing=config.label_smoothing,
+                num_classes=classes,
+            )
+
+    @property
+    def backbone(self) -> ViT:
+        return self.student["backbone"]  # type: ignore[return-value]
+
+    @property
+    def result(self) -> ViT:
+        return self.backbone
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.student["head"]  # type: ignore[return-value]
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        return [self.head]
+
+    def targets(self, micro_batches: Any, progress: Progress) -> list[float]:
+        """Each micro-batch's share of the images of the step."""
+        counts = [len(batch["label"]) for batch in micro_batches]
+        return [count / sum(counts) for count in counts]
+
+    def forward(self, batch: Batch, target: float, progress: Progress) -> StepOutput:
+        images, labels = batch["image"], batch["label"]
+        if self._mix is not None and len(images) % 2 == 0:
+            images, soft = self._mix(images.clone(), labels)
+            logits = self._logits(images)
+            loss = -(soft * F.log_softmax(logits, -1)).sum(-1).mean()
+        else:
+            logits = self._logits(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        accuracy = (logits.argmax(-1) == labels).float().mean()
+        parts = {"cross_entropy": loss.detach() * target, "train_accuracy": accuracy * target}
+        return StepOutput(loss * target, parts)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return classify(self.backbone([images])[0], self.head, self.config.pool)
+
+
+def classify(tokens: Tokens, head: nn.Linear, pool: str) -> Tensor:
+    """Logits (B, classes) in fp32 of a linear head on pooled tokens."""
+    features = {"cls": [tokens.cls_BD], "mean": [tokens.patches_BND.mean(1)]}
+    features["cls_mean"] = features["cls"] + features["mean"]
+    return head(torch.cat(features[pool], -1)).float()

@@ -1,0 +1,6 @@
+"""The report room: what a finished run gained, cost and forgot, as one HTML page and one text table."""
+
+from explora.reporting.page import write_report
+from explora.reporting.text import table
+
+__all__ = ["table", "write_report"]

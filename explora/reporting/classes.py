@@ -1,0 +1,57 @@
+"""Which classes are mixed up, and which changed most against the baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from explora.reporting import figures
+from explora.reporting.folder import Chain
+
+_MOST = 5
+
+
+def confusion(chain: Chain) -> dict[str, Any] | None:
+    """The adapted model's best evaluator on the target's test images, and its most changed classes."""
+    labels, names = chain.arrays.get("target__labels"), chain.classes or []
+    rows = [row for row in chain.on("target") if row.model == "adapted" and row.metric == "top1"]
+    for row in sorted(rows, key=lambda row: -row.value):
+        adapted = chain.arrays.get(f"adapted__target__{row.evaluator}")
+        if labels is None or adapted is None or adapted.shape != labels.shape or not (labels >= 0).any():
+            continue
+        size = 1 + int(max(labels.max(), adapted.max()))
+        names = names[:size] + [str(number) for number in range(len(names), size)]
+        matrix = np.zeros((size, size), dtype=np.int64)
+        known = (labels >= 0) & (adapted >= 0)
+        np.add.at(matrix, (labels[known], adapted[known]), 1)
+        before = chain.arrays.get(f"baseline__target__{row.evaluator}")
+        changed: list[dict[str, Any]] = []
+        if before is not None and before.shape == labels.shape:
+            changed = _changed(labels, before, adapted, names)
+        svg = figures.confusion(matrix, names)
+        return {"row": row, "svg": svg, "changed": changed, "mixed": _mixed(matrix, names)}
+    return None
+
+
+def _changed(labels: np.ndarray, before: np.ndarray, after: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
+    """Classes by change of correct images against the baseline: the most gained, then the most lost."""
+    found: list[dict[str, Any]] = []
+    for label, name in enumerate(names):
+        own = labels == label
+        if own.any():
+            right, was = int((after[own] == label).sum()), int((before[own] == label).sum())
+            change = {"before": was, "after": right, "change": right - was}
+            found.append({"name": name, "n": int(own.sum()), **change})
+    found.sort(key=lambda item: -item["change"])
+    up = [item for item in found if item["change"] > 0][:_MOST]
+    down = [item for item in found if item["change"] < 0][-_MOST:]
+    return up + down
+
+
+def _mixed(matrix: np.ndarray, names: list[str]) -> list[tuple[str, str, int]]:
+    """The pairs (true, predicted) that are mixed up most."""
+    wrong = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST]
+    pairs = [np.unravel_index(place, wrong.shape) for place in order]
+    return [(names[i], names[j], int(wrong[i, j])) for i, j in pairs if wrong[i, j]]

@@ -1,0 +1,204 @@
+"""Figures as inline SVG whose colours are the page's CSS variables, and pictures as data addresses."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from explora.reporting import words
+from explora.reporting.folder import MODELS, Chain, Row
+
+# Stand-ins that the SVG is drawn with; the page decides what they look like, by day and by night.
+PAPER, INK, MUTED, RULE, ACCENT = "#fffffd", "#1b1b19", "#6b6b67", "#d9d9d4", "#0f6e5c"
+_VARIABLES = {PAPER: "--paper", INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent"}
+_PICTURE = "#2f9e86"  # the accent where it cannot follow the page: legible on light and dark
+_STYLE: dict[str, dict[str, Any]] = {
+    "baseline": {"marker": "o", "color": MUTED, "markerfacecolor": PAPER},
+    "adapted": {"marker": "o", "color": ACCENT, "markerfacecolor": ACCENT},
+    "finetuned": {"marker": "D", "color": INK, "markerfacecolor": INK},
+}
+_FIRST_CURVES = ("loss", "dino", "ibot", "koleo", "lr")
+_MOST_CURVES, _MOST_POINTS = 12, 300
+
+
+def dots(chain: Chain, data: str) -> Markup:
+    """All models by all evaluators on `data`: value and 95 % interval, in percent."""
+    columns = chain.columns(data)
+    found = [[row for model in MODELS if (row := chain.row(model, data, column))] for column in columns]
+    models = [model for model in MODELS if any(row.model == model for rows in found for row in rows)]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for place, rows in enumerate(found):
+            for line, row in enumerate(rows):
+                _dot(axes, place + 0.22 * (line - (len(rows) - 1) / 2), row)
+        axes.set_yticks(range(len(columns)), [_wrap(words.column_name(column)) for column in columns])
+        axes.set_ylim(len(columns) - 0.45, -0.55)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.xaxis.grid(True)
+        axes.locator_params(axis="x", nbins=5)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("top-1, %" if {column.metric for column in columns} == {"top1"} else "%")
+        axes.set_xlim(max(0.0, axes.get_xlim()[0]), min(100.5, axes.get_xlim()[1]))
+        key = [Line2D([], [], linestyle="", markersize=4.6, label=model, **_STYLE[model]) for model in models]
+        figure.legend(handles=key, loc="outside upper left", ncols=3, handletextpad=0.1, columnspacing=1.2)
+
+    return svg(f"dots {data}", (4.1, 0.75 + len(columns) * (0.1 + 0.24 * max(2, len(models)))), draw)
+
+
+def _dot(axes: Axes, y: float, row: Row) -> None:
+    if not math.isfinite(row.value + row.low + row.high):
+        return
+    style = _STYLE[row.model]
+    axes.plot([row.low, row.high], [y, y], color=style["color"], linewidth=1.1, solid_capstyle="butt")
+    axes.plot([row.value], [y], linestyle="", markersize=4.6, **style)
+    number = axes.text(1.02, y, words.percent(row.value), transform=axes.get_yaxis_transform(), va="center")
+    number.set(fontsize=7.5, color=style["color"])
+
+
+def curves(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, Markup]]:
+    """One small figure a logged quantity, as (name, SVG): loss, its parts, the learning rate, the rest."""
+    ignored = {"step", "images", "seconds", "epoch"}
+    found = {key for row in metrics for key, value in row.items() if isinstance(value, int | float)} - ignored
+    order = [key for key in _FIRST_CURVES if key in found] + sorted(found - set(_FIRST_CURVES))
+    figures: list[tuple[str, Markup]] = []
+    for key in order[:_MOST_CURVES]:
+        pairs = [(row["step"], row[key]) for row in metrics if isinstance(row.get(key), int | float)]
+        if len(pairs) > 1:
+            figures.append((key, _curve(key, np.array(pairs, dtype=float))))
+    return figures
+
+
+def _curve(key: str, pairs: np.ndarray) -> Markup:
+    pairs[~np.isfinite(pairs)] = np.nan  # a gap in the curve
+    binned = [part.mean(axis=0) for part in np.array_split(pairs, min(len(pairs), _MOST_POINTS))]
+    steps, values = np.array(binned).T
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.plot(steps, values, color=ACCENT, linewidth=1.2)
+        axes.yaxis.grid(True)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(length=0)
+        axes.locator_params(axis="both", nbins=4)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.set_xlim(0, max(steps[-1], 1))
+        axes.margins(y=0.12)
+
+    return svg(f"curve {key}", (2.5, 1.45), draw)
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Markup:
+    """Counts, rows true and columns predicted; each row's share of its class as depth of the accent."""
+    many = len(classes) > 40
+    side = 3.5 if len(classes) <= 10 else 6.6
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        depth = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        rows, columns = (np.arange(len(classes)),) * 2
+        _heat(axes, depth)
+        for i, j in zip(*np.nonzero(matrix), strict=True) if not many else ():
+            number = axes.text(j, i, str(matrix[i, j]), ha="center", va="center")
+            number.set(fontsize=6 if len(classes) > 10 else 8, color=PAPER if depth[i, j] > 0.55 else INK)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if not many:
+            names = [_short(item) for item in classes]
+            axes.set_xticks(columns, names, rotation=60, ha="right", rotation_mode="anchor")
+            axes.set_yticks(rows, names)
+
+    return svg("confusion", (side, side), draw)
+
+
+def _heat(axes: Axes, depth: np.ndarray) -> None:
+    """Squares in the accent with opacity for depth, so that they follow the page's colours."""
+    size = len(depth)
+    axes.set_xlim(-0.5, size - 0.5)
+    axes.set_ylim(size - 0.5, -0.5)
+    axes.set_aspect("equal")
+    if size > 40:
+        # Thousands of vector squares would outweigh the page; a picture cannot take its colours.
+        colour = np.array(to_rgb(_PICTURE))
+        axes.imshow(np.dstack([np.broadcast_to(colour, (*depth.shape, 3)), depth]), interpolation="none")
+        return
+    for i, j in zip(*np.nonzero(depth), strict=True):
+        square = Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, linewidth=0)
+        square.set(facecolor=ACCENT, alpha=0.12 + 0.88 * depth[i, j])
+        axes.add_patch(square)
+
+
+def picture(pixels: np.ndarray, form: str) -> str:
+    """A uint8 (H, W, 3) array as a `data:` address; `jpeg` for photographs, `png` for exact pixels."""
+    buffer = io.BytesIO()
+    imsave(
+        buffer,
+        np.ascontiguousarray(pixels),
+        format=form,
+        pil_kwargs={"quality": 82} if form == "jpeg" else {},
+    )
+    return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def svg(key: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> Markup:
+    """Draw on a figure of `size` inches and give the SVG element, safe to stand in HTML."""
+    settings: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": key, "text.parse_math": False, "font.size": 8,
+        "text.color": INK, "axes.edgecolor": RULE, "axes.labelcolor": MUTED, "axes.facecolor": "none",
+        "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
+        "grid.color": RULE, "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.linewidth": 0.6,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "legend.borderpad": 0.0, "axes.formatter.useoffset": False,
+    }  # fmt: skip
+    nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
+    buffer = io.StringIO()
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # The browser draws the letters, with its own fonts; what matplotlib's font lacks does not matter.
+        warnings.filterwarnings("ignore", message=r"(Glyph \d+|Matplotlib currently)")
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        FigureCanvasSVG(figure)
+        draw(figure)
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    return Markup(_inline(buffer.getvalue(), size))
+
+
+def _inline(text: str, size: tuple[float, float]) -> str:
+    """The bare element: no prologue, no fixed size, no group names (they repeat from figure to figure)."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = text.replace("<svg", f'<svg style="max-width: {size[0] * 96:.0f}px"', 1)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    return text
+
+
+def _short(text: str, most: int = 22) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _wrap(text: str) -> str:
+    """Two lines for long evaluator names."""
+    head, _, tail = text.rpartition(" ")
+    return f"{head}\n{tail}" if head and len(text) > 14 else text

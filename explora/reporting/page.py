@@ -1,0 +1,134 @@
+"""Write the page: gather what the template shows, render it, put it in place in one move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from explora.errors import RunError
+from explora.reporting import figures, words
+from explora.reporting.classes import confusion
+from explora.reporting.folder import MODELS, Chain, Row, read_chain
+from explora.reporting.trust import trust
+from explora.runs import write_atomically
+
+_MOST_PICTURES = 8
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write one self-contained HTML page about a finished chain, `<run>/report.html` unless `out` is given.
+
+    Parts that the run does not have (no fine-tuning, no source data, no pictures) are left out, and
+    the page says so.
+
+    Raises:
+        RunError: the folder is missing or holds no run, or the page cannot be written.
+        ConfigError: the recorded config is not YAML.
+    """
+    run = Path(run)
+    chain = read_chain(run)
+    path = Path(out) if out is not None else run / "report.html"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path}: cannot write: {error.strerror}; choose another place") from None
+    write_atomically(path, render(chain))
+    return path
+
+
+def render(chain: Chain) -> str:
+    """The page as text."""
+    pages = Environment(
+        loader=PackageLoader("explora.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    pages.filters.update(percent=words.percent, points=words.points, count=words.count, duration=words.duration)
+    return pages.get_template("page.html").render(
+        chain=chain,
+        words=words,
+        title=(chain.path.resolve().name or "run"),
+        headline=words.headline(chain),
+        strip=list(_strip(chain)),
+        comparisons={data: list(_comparisons(chain, data)) for data in ("target", "source")},
+        plots={data: figures.dots(chain, data) for data in ("target", "source") if chain.on(data)},
+        curves=[(stage, figures.curves(stage.metrics)) for stage in chain.stages],
+        confusion=confusion(chain),
+        pictures=list(_pictures(chain)),
+        picture_models=_picture_models(chain),
+        trust=list(trust(chain)),
+        configs=list(_configs(chain)),
+        missing=list(_missing(chain)),
+    )
+
+
+def _strip(chain: Chain) -> Iterator[tuple[str, str, str, str]]:
+    """The figures under the headline: (label, figure, small print, verdict or nothing)."""
+    for data, label in (("target", "Change on target, points"), ("source", "Change on source, points")):
+        found = words.subject(chain, data)
+        if found and found[1] and words.verdict(found[0]) != "unknown":
+            yield label, words.points(found[0].difference), words.interval(found[0]), words.verdict(found[0])
+    for stage in chain.stages[:1]:
+        get = stage.summary.get
+        part = words.share(get("trained_parameters"), get("total_parameters"))
+        yield "Trained", part, f"{words.count(get('trained_parameters'))} parameters", ""
+        pace = f"{words.rate(get('images_per_second'))} images a second"
+        yield f"{words.name(stage.name)} time", words.duration(get("seconds")), pace, ""
+
+
+def _comparisons(chain: Chain, data: str) -> Iterator[tuple[Row, Row | None, str]]:
+    """Every model but the baseline, by evaluator: the row, its baseline and the verdict in words."""
+    said = {"gain": "gain", "loss": "loss", "unclear": "not clear", "unknown": "no comparison"}
+    for row in chain.on(data):
+        if row.model != "baseline":
+            yield row, chain.row("baseline", data, row.column), said[words.verdict(row)]
+
+
+def _picture_models(chain: Chain) -> list[str]:
+    return [model for model in MODELS if f"{model}__pca" in chain.pictures and "images" in chain.pictures]
+
+
+def _pictures(chain: Chain) -> Iterator[list[str]]:
+    """For each image: its address, then that of each model's patch features."""
+    models = _picture_models(chain)
+    for place in range(min(_MOST_PICTURES, len(chain.pictures["images"])) if models else 0):
+        photograph = figures.picture(_at_most(chain.pictures["images"][place], 256), "jpeg")
+        features = [figures.picture(chain.pictures[f"{model}__pca"][place], "png") for model in models]
+        yield [photograph, *features]
+
+
+def _at_most(pixels: np.ndarray, side: int) -> np.ndarray:
+    step = -(-max(pixels.shape[:2]) // side)
+    return pixels[::step, ::step]
+
+
+def _configs(chain: Chain) -> Iterator[tuple[str, str]]:
+    if chain.config:
+        yield "the whole run", chain.config
+    for stage in chain.stages:
+        if stage.config:
+            yield stage.name, stage.config
+
+
+def _missing(chain: Chain) -> Iterator[str]:
+    """What this run does not have, so that nobody looks for it."""
+    if not chain.rows:
+        yield "The run was not probed: there is no probe/results.jsonl."
+    if not any(stage.name == "finetune" for stage in chain.stages):
+        yield "No fine-tuning was part of this run."
+    if chain.rows and not chain.on("source"):
+        yield "No source data was probed."
+    if not any(stage.metrics for stage in chain.stages):
+        yield "No training curves: no metrics were logged."
+    if not any(key.startswith("adapted__target__") for key in chain.arrays):
+        yield "No confusion matrix: the probe left no predictions of an adapted model."
+    if not _picture_models(chain):
+        yield "No pictures of patch features: the probe left none."
+    for stage in chain.stages:
+        if stage.torn:
+            lines = "1 line was" if stage.torn == 1 else f"{stage.torn} lines were"
+            yield f"{lines} torn in {stage.name}/metrics.jsonl and left out."

@@ -1,0 +1,82 @@
+"""What a sceptic asks of a result: intervals, selection, seeds, data, command, versions."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from explora.config import read
+from explora.reporting import words
+from explora.reporting.folder import Chain
+
+
+def trust(chain: Chain) -> Iterator[tuple[str, list[str]]]:
+    """What a sceptic asks, with the answers."""
+    target, seeds = chain.on("target"), _seeds(chain)
+    if target:
+        images, where = words.count(max(row.n for row in target)), chain.data_name("target")
+        paired = "Differences are paired: both models answer the same images."
+        seed = "They do not cover the luck of a training seed; a repeated run with another seed does."
+        yield "Intervals", [f"95 %, over {images} test images of {where}. {paired}", seed]
+        chosen = "Settings were chosen on validation images, never on the test images."
+        yield "Selection", [chosen, *_selected(chain)]
+    yield "Seeds", seeds or ["No seed is recorded in the config."]
+    shards = [_shards(key, manifest) for key, manifest in chain.shards.items()]
+    yield "Data", shards or ["No manifest lies in this run."]
+    environment = next((e for e in (chain.environment, *(s.environment for s in chain.stages)) if e), {})
+    yield from _environment(environment)
+    skipped = {stage.name: stage.summary.get("skipped_steps", "not recorded") for stage in chain.stages}
+    if skipped:
+        yield "Skipped steps", [_pairs(skipped)]
+
+
+def _shards(key: str, manifest: Mapping[str, Any]) -> str:
+    images, classes = words.count(manifest.get("samples")), len(manifest.get("classes") or []) or "no"
+    name, fingerprint = manifest.get("name", "?"), str(manifest.get("fingerprint", "?"))[:16]
+    return f"{key}: {name}, {images} images, {classes} classes, fingerprint {fingerprint}"
+
+
+def _environment(environment: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    command = environment.get("command")
+    if command:
+        yield "Command", [shlex.join(map(str, command)) if isinstance(command, list) else str(command)]
+    git = environment.get("git") or {}
+    if git.get("commit"):
+        commit = str(git["commit"])[:12]
+        dirty = f"{commit}; the tree had uncommitted changes, so the commit alone does not give this run"
+        yield "Commit", [dirty if git.get("dirty") else commit]
+    versions = environment.get("versions") or {}
+    if versions:
+        yield "Versions", [_pairs(versions)]
+    machine = [str(environment[key]) for key in ("device", "platform", "started") if environment.get(key)]
+    if machine:
+        yield "Machine", [", ".join(machine)]
+
+
+def _selected(chain: Chain) -> Iterator[str]:
+    """One line an evaluator: what was chosen for each model."""
+    for column in chain.columns("target"):
+        rows = [row for row in chain.on("target") if row.column == column and row.selected]
+        chosen = [f"{row.model} {_pairs(row.selected or {})}" for row in rows]
+        if chosen:
+            yield f"{words.sentence(words.column_name(column))}: {'; '.join(chosen)}"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    plain = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
+    return ", ".join(f"{key} {value}" for key, value in plain.items())
+
+
+def _seeds(chain: Chain) -> list[str]:
+    paths = [chain.path / "config.yaml", *(chain.path / stage.name / "config.yaml" for stage in chain.stages)]
+    path = next((path for path in paths if path.is_file()), None)
+    found = dict(_find_seeds(read(path))) if path else {}
+    return [_pairs(found)] if found else []
+
+
+def _find_seeds(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        if key == "seed":
+            yield prefix + key, value
+        yield from _find_seeds(value, f"{prefix}{key}.")

@@ -1,0 +1,204 @@
+"""What a run leaves on disk: config, environment, log, metrics, summary. The layout is in docs/architecture.md."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from explora import config as configs
+from explora.config import Config
+from explora.errors import RunError
+
+logger = logging.getLogger("explora")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing: temporary name, fsync, rename.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot write: {error.strerror}; free some space or choose another folder") from None
+
+
+class Run:
+    """The folder of one stage: opened once, locked while open, appended to on resume.
+
+    Use as `with Run.open(out, config, stage) as run`.
+    """
+
+    def __init__(self, folder: Path, lock: Any) -> None:
+        self.folder = folder
+        self._lock = lock
+        self._metrics = folder / "metrics.jsonl"
+        self._handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self._tensorboard: Any = None
+        logger.addHandler(self._handler)
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: str | Path, config: Config) -> Iterator[Run]:
+        """Create a run folder, or go on with one of the same config.
+
+        Raises:
+            RunError: the folder belongs to another config, is in use by another process, or cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / ".lock").open("w")
+        except OSError as error:
+            raise RunError(f"{folder}: cannot create this run folder: {error.strerror}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    f"{folder}: another process is running here; wait for it or choose another out"
+                ) from None
+            _claim(folder, config)
+            run = cls(folder, lock)
+            try:
+                yield run
+            finally:
+                run._close()
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What `finish` wrote; None while the run has not ended."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Mark the run as complete; returns the summary."""
+        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl, and its numbers to TensorBoard."""
+        try:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(row)) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"{self._metrics}: cannot write: {error.strerror}; free some space, then run again"
+            ) from None
+        if self._tensorboard is None:
+            self._tensorboard = _tensorboard(self.folder / "tensorboard", row["step"])
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self._tensorboard.add_scalar(name, value, row["step"])
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop rows of steps that a resumed run is about to take again, and a row that a kill cut short."""
+        if not self._metrics.exists():
+            return
+        kept = [line for line in self._metrics.read_text().splitlines() if _step_of(line) <= step]
+        write_atomically(self._metrics, "".join(line + "\n" for line in kept))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl."""
+        return [json.loads(line) for line in self._metrics.read_text().splitlines()] if self._metrics.exists() else []
+
+    def _close(self) -> None:
+        logger.removeHandler(self._handler)
+        self._handler.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _claim(folder: Path, config: Config) -> None:
+    """Record config and environment in a new folder; compare the config in an old one."""
+    recorded = folder / "config.yaml"
+    if not recorded.exists():
+        write_atomically(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_atomically(recorded, configs.dump(config))
+        return
+    old, new = yaml.safe_load(recorded.read_text()), yaml.safe_load(configs.dump(config))
+    changed = sorted(_differences(old, new))
+    if changed:
+        shown = "\n  ".join(changed[:10])
+        raise RunError(
+            f"{folder}: holds a run of another config:\n  {shown}\n"
+            "  choose another out, or delete the folder to start again"
+        )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: {old!r} there, {new!r} now"
+
+
+def environment() -> dict[str, Any]:
+    """Command, versions, git state and machine, for the record."""
+    packages = ("explora", "torch", "timm", "numpy", "webdataset", "safetensors")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions,
+        "git": _git(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and cleanliness of the source tree explora runs from; None outside a checkout."""
+    tree = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(tree), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(ask("rev-parse", "--show-toplevel")) != tree.parent:
+            return None
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step)

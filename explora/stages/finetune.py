@@ -1,0 +1,66 @@
+"""`explora finetune`: supervised fine-tuning of a backbone with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from explora import config as configs
+from explora.adapt import AnyMethod, LoRA, adapt
+from explora.config import Overrides
+from explora.data import Crop, ShardSet
+from explora.errors import DataError
+from explora.models import ViT, load_model
+from explora.models.export import save_tensors
+from explora.objectives import Supervised, SupervisedConfig
+from explora.runs import Run
+from explora.stages.training import Trained, TrainingPlace, TrainingSection, fit_views, logger, seeded, train
+
+
+class FinetuneSection(TrainingSection):
+    """What to learn from labels, and which part of the backbone may change."""
+
+    adapt: AnyMethod = LoRA()
+    objective: SupervisedConfig = SupervisedConfig()
+    views: Crop = Crop()
+
+
+class FinetuneConfig(TrainingPlace, FinetuneSection):
+    """Config of `explora finetune`."""
+
+    train: str
+    """Labelled shards that `explora pack` wrote."""
+
+
+def finetune(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> Trained:
+    """Fine-tune from a config file or mapping; goes on from the newest checkpoint of an unfinished run.
+
+    Beside the backbone it writes head.safetensors (weight, bias; metadata: pool, classes).
+
+    Raises:
+        ExploraError: any mistake in the config, the data, the weights or the run folder.
+    """
+    config = configs.load(FinetuneConfig, source, overrides)
+    seeded(config.seed)
+    shards = ShardSet.open(config.train)
+    if shards.classes is None:
+        raise DataError(f"{config.train}: has no labels; fine-tuning needs one folder per class before packing")
+    vit, account = load_model(config.model)
+    config = config.model_copy(update={"views": fit_views(config.views, vit)})
+    with Run.open(config.out, config) as run:
+        if run.summary is not None:
+            logger.info("%s: already finished", config.out)
+            return Trained.of(run, run.summary)
+        logger.info("%s: %s", vit.name, account or "random weights")
+        objective = build(config, vit, len(shards.classes))
+        summary = train(run, config, config.seed, objective, shards, "finetune")
+        head = {"pool": config.objective.pool, "classes": shards.classes}
+        save_tensors(run.folder / "head.safetensors", objective.head.state_dict(), head)
+        return Trained.of(run, run.finish(summary))
+
+
+def build(section: FinetuneSection, vit: ViT, classes: int) -> Supervised:
+    """Adapt the backbone and put a fresh head on it."""
+    adapt(vit, section.adapt)
+    return Supervised(section.objective, vit, classes)

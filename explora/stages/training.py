@@ -1,0 +1,177 @@
+"""What pretraining and fine-tuning share: from an adapted backbone to exported files."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import Field
+
+from explora import config as configs
+from explora.adapt import AnyMethod, Method
+from explora.config import Config
+from explora.data import AnyViews, ShardSet, Stream, Views
+from explora.engine import LoopConfig, OptimConfig, Optimizer, Training
+from explora.errors import ConfigError
+from explora.models import ModelConfig, ViT
+from explora.models.export import save_adapter, save_backbone
+from explora.objectives import Objective
+from explora.runs import Run
+from explora.schedules import Length, LengthField, Progress
+
+logger = logging.getLogger("explora")
+V = TypeVar("V", bound=Views)
+
+
+class TrainingSection(Config):
+    """What every training stage has."""
+
+    steps: LengthField = Length(10, "epochs")
+    """Length of the run: `1000`, `"5 epochs"`, `"200000 samples"`."""
+    batch_size: int = Field(32, ge=1)
+    """Images of one optimizer step, over all micro-batches."""
+    micro_batches: int = Field(1, ge=1)
+    """Parts a step is cut into to save memory; the gradients are those of the whole batch."""
+    workers: int = Field(0, ge=0)
+    """Processes that decode and crop; 0 does it in the main one."""
+    adapt: AnyMethod
+    """Which part of the backbone may change, and how."""
+    views: AnyViews
+    """What is made of an image; sizes, mean and std that are left out follow the backbone."""
+    optim: OptimConfig = OptimConfig()
+    loop: LoopConfig = LoopConfig()
+
+
+class TrainingPlace(Config):
+    """Where a training stage reads and writes."""
+
+    out: str
+    """Run folder; running again goes on from its newest checkpoint."""
+    seed: int = Field(0, ge=0)
+    """Everything random hangs on it."""
+    model: ModelConfig
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training stage leaves."""
+
+    folder: Path
+    backbone: Path
+    adapter: Path
+    summary: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: Run, summary: dict[str, Any]) -> Trained:
+        return cls(run.folder, run.folder / "backbone.safetensors", run.folder / "adapter.safetensors", summary)
+
+
+def fit_views(views: V, vit: ViT) -> V:
+    """Fill what the config left open with the backbone's own: patch size, image size, mean and std.
+
+    Raises:
+        ConfigError: a crop size does not fit the patches.
+    """
+    facts = {"mean": vit.mean, "std": vit.std, "patch_size": vit.patch_size}
+    facts |= {"size": vit.image_size, "global_size": vit.image_size}
+    local = round(vit.image_size * 3 / 7 / vit.patch_size) * vit.patch_size
+    facts["local_size"] = max(vit.patch_size, local)
+    open_fields = {
+        name: value
+        for name, value in facts.items()
+        if name in type(views).model_fields and name not in views.model_fields_set
+    }
+    return configs.validate(type(views), {**views.model_dump(exclude_unset=True), **open_fields}, "views")
+
+
+def train(
+    run: Run, config: TrainingSection, seed: int, objective: Objective, shards: ShardSet, stage: str
+) -> dict[str, Any]:
+    """Train to the end and export the result; returns the summary, which the caller writes last."""
+    progress = progress_of(config, shards)
+    optimizer = Optimizer(config.optim, objective, config.batch_size)
+    stream = Stream(
+        shards,
+        config.views,
+        batch_size=config.batch_size,
+        seed=seed,
+        workers=config.workers,
+        micro_batches=config.micro_batches,
+    )
+    training = Training(config.loop, run, objective, optimizer, stream, config.views, progress, seed)
+    objective.to(training.device)
+    counts = parameter_counts(objective)
+    logger.info(
+        "%s: %d steps of %d images on %s; %s of %s backbone parameters train%s; peak lr %.2e",
+        *(stage, progress.steps, config.batch_size, training.device),
+        *(f"{counts['trained_parameters']:,}", f"{counts['total_parameters']:,}"),
+        f", alpha / rank {config.adapt.scale:g}" if config.adapt.scale is not None else "",
+        config.optim.peak(config.optim.lr, config.batch_size),
+    )
+    outcome = training.fit()
+    images = progress.steps * config.batch_size
+    summary = {
+        "stage": stage,
+        "model": objective.backbone.name,
+        "method": config.adapt.name,
+        "objective": type(objective).__name__.lower(),
+        **counts,
+        "seconds": round(outcome.seconds, 2),
+        "steps": progress.steps,
+        "images": images,
+        "images_per_second": round(images / outcome.seconds, 2),
+        "skipped_steps": outcome.skipped,
+        "alpha_over_rank": config.adapt.scale,
+        "trained": families(objective.backbone),
+    }
+    export(run.folder, objective, config.adapt)
+    return summary
+
+
+def progress_of(config: TrainingSection, shards: ShardSet) -> Progress:
+    """The run's length in steps for this set.
+
+    Raises:
+        ConfigError: a percentage, or no step at all.
+    """
+    if config.steps.unit == "%":
+        raise ConfigError("steps: the length of the run itself cannot be a percentage; use steps, epochs or samples")
+    steps = config.steps.steps(batch=config.batch_size, samples=len(shards))
+    if steps < 1:
+        raise ConfigError(f"steps: {config.steps} is less than one step")
+    return Progress(0, steps, config.batch_size, len(shards))
+
+
+def parameter_counts(objective: Objective) -> dict[str, int]:
+    """Parameters of the backbone that train, all of them after merging, and those of the heads."""
+    named = list(objective.backbone.named_parameters())
+    return {
+        "trained_parameters": sum(p.numel() for _, p in named if p.requires_grad),
+        "total_parameters": sum(p.numel() for name, p in named if "lora_" not in name),
+        "head_parameters": sum(p.numel() for head in objective.heads for p in head.parameters()),
+    }
+
+
+def families(vit: ViT) -> list[str]:
+    """Names of what trains, block numbers collapsed where every block has it."""
+    names = [name for name, p in vit.named_parameters() if p.requires_grad]
+    return list(dict.fromkeys(re.sub(r"^blocks\.(\d+)\.(norm\d|attn\.qkv\.lora).*", r"blocks.*.\2*", n) for n in names))
+
+
+def export(folder: Path, objective: Objective, method: Method) -> None:
+    """Write the merged backbone and the adapter alone."""
+    learnt = [name for name, p in objective.backbone.named_parameters() if p.requires_grad]
+    save_adapter(folder / "adapter.safetensors", objective.result, learnt, method.model_dump(mode="json"))
+    merged = copy.deepcopy(objective.result)
+    method.merge(merged)
+    save_backbone(folder / "backbone.safetensors", merged)
+
+
+def seeded(seed: int) -> None:
+    """Fresh weights (heads, low-rank factors) hang on the seed."""
+    torch.manual_seed(seed)

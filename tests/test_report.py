@@ -1,0 +1,379 @@
+"""The report room: words follow the intervals, the page carries the numbers and nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from explora.errors import RunError
+from explora.reporting import table, write_report
+from explora.reporting.folder import MODELS, Row, read_chain
+from explora.reporting.page import render
+from explora.reporting.words import duration, headline, points, verdict
+
+CLASSES = [
+    "agricultural",
+    "airplane",
+    "beach",
+    "buildings",
+    "<script>alert(1)</script>",
+    "$forest_{a}$",
+    "河川",
+]
+N = 210
+
+
+def _json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+Triple = tuple[float, float, float] | None
+
+
+def _row(model: str, data: str, evaluator: str, value: float, difference: Triple) -> dict[str, Any]:
+    d, low, high = difference or (None, None, None)
+    row = {"model": model, "data": data, "evaluator": evaluator, "metric": "top1", "value": value, "n": N}
+    row |= {"low": value - 2.5, "high": min(100.0, value + 2.5), "selected": {"lr": 0.01, "block": 1}}
+    return row | {"difference": d, "difference_low": low, "difference_high": high}
+
+
+ROWS = [
+    _row("baseline", "target", "linear", 86.19, None),
+    _row("adapted", "target", "linear", 89.52, (3.33, 1.43, 5.24)),
+    _row("finetuned", "target", "linear", 93.81, (7.62, 4.76, 10.48)),
+    _row("baseline", "target", "knn", 80.48, None),
+    _row("adapted", "target", "knn", 81.43, (0.95, -1.43, 3.33)),
+    _row("finetuned", "target", "knn", 92.38, (11.9, 8.1, 15.71)),
+    _row("finetuned", "target", "head", 94.29, None),
+    _row("baseline", "source", "linear", 74.2, None),
+    _row("adapted", "source", "linear", 73.8, (-0.4, -1.9, 1.1)),
+    _row("finetuned", "source", "linear", 66.1, (-8.1, -10.3, -5.9)),
+    _row("baseline", "source", "knn", 68.0, None),
+    _row("adapted", "source", "knn", 66.2, (-1.8, -3.4, -0.2)),
+    _row("finetuned", "source", "knn", 58.9, (-9.1, -11.5, -6.6)),
+]
+
+
+def _stage(folder: Path, keys: tuple[str, ...], trained: int, rng: np.random.Generator) -> None:
+    summary = {
+        "stage": folder.name, "model": "deit_tiny_patch16_224", "method": "explora", "objective": "dinov2",
+        "trained_parameters": trained, "total_parameters": 5_717_416, "head_parameters": 1_234_567,
+        "seconds": 412.3, "steps": 240, "images": 15_360, "images_per_second": 37.25, "skipped_steps": 1,
+        "alpha_over_rank": 1.0,
+        "trained": ["blocks.11.*", "*.lora_a", "*.lora_b", "*norm*"],
+    }  # fmt: skip
+    _json(folder / "summary.json", summary)
+    lines = []
+    for step in range(1, 241):
+        fall = float(np.exp(-step / 60))
+        row = {"step": step, "images": 64 * step, "seconds": 1.7 * step, "lr": 1e-4 * fall}
+        row |= {key: 4 * fall + 1 + 0.2 * float(rng.standard_normal()) for key in keys if step % 3 or key != "koleo"}
+        lines.append(json.dumps(row))
+    lines[7] = '{"step": 8, "loss": NaN, "dino": Infinity}'
+    lines.insert(30, '{"step": 30, "event": "skipped"}')
+    lines.insert(100, '{"step": 99, "lo')
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "config.yaml").write_text("optim:\n  lr: 0.0001\nseed: 7\n")
+
+
+def make_run(folder: Path, rows: list[dict[str, Any]] = ROWS, classes: list[str] = CLASSES) -> Path:
+    """A plausible finished chain."""
+    rng = np.random.default_rng(0)
+    _stage(folder / "pretrain", ("loss", "dino", "ibot", "koleo", "grad_norm"), 592_128, rng)
+    _stage(folder / "finetune", ("loss",), 301_000, rng)
+    for key, count in (("target", 1680), ("source", 2000)):
+        name = {"target": "ucmerced", "source": "cifar10_small"}[key]
+        manifest = {"name": name, "samples": count, "classes": classes, "fingerprint": "8c1f" * 16}
+        _json(folder / "shards" / key / "manifest.json", manifest)
+    probe = folder / "probe"
+    _json(probe / "classes.json", classes)
+    (probe / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = np.repeat(np.arange(len(classes)), N // len(classes))
+    arrays = {"target__labels": labels}
+    for row in rows:
+        wrong = rng.random(len(labels)) > row["value"] / 100
+        key = f"{row['model']}__{row['data']}__{row['evaluator']}"
+        arrays[key] = np.where(wrong, (labels + 1) % len(classes), labels)
+    np.savez(probe / "predictions.npz", **arrays)
+    y, x = np.mgrid[0:64, 0:64]
+    images = np.stack([np.dstack([x * 4, y * 4, (x * k + y) % 255]) for k in range(1, 5)]).astype(np.uint8)
+    pca = {f"{model}__pca": rng.integers(0, 255, (4, 14, 14, 3), np.uint8) for model in MODELS}
+    np.savez(probe / "pictures.npz", images=images, **pca)
+    config = "pretrain:\n  seed: 7\nprobe:\n  seed: 1\nnote: </pre><script>bad()</script>\n"
+    (folder / "config.yaml").write_text(config)
+    environment = {
+        "command": "explora run configs/ucmerced.yaml optim.lr=1e-4",
+        "versions": {"torch": "2.13.0", "explora": "0.1.0"},
+        "git": {"commit": "0123456789abcdef", "dirty": True},
+        "device": "cpu", "platform": "Linux", "started": "2025-01-02T03:04:05",
+    }  # fmt: skip
+    _json(folder / "environment.json", environment)
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags, resources, text by tag, tables as lists of rows."""
+
+    void = ("meta", "img", "link", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.resources: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.text: dict[str, str] = {}
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.resources += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "action")]
+        self._open += [tag] if tag not in self.void else []
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag in self.void or self._open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.text[self._open[-1]] = self.text.get(self._open[-1], "") + data
+        if {"td", "th"} & set(self._open):
+            self.tables[-1][-1][-1] += data
+
+    def table(self, *heads: str) -> list[list[str]]:
+        found = [rows for rows in self.tables if rows[0][: len(heads)] == list(heads)]
+        return [[" ".join(cell.split()) for cell in row] for rows in found for row in rows[1:]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("chains") / "ucm-explora")
+
+
+@pytest.fixture(scope="module")
+def text(run: Path) -> str:
+    path = write_report(run)
+    assert path == run / "report.html"
+    assert not list(run.glob(".*tmp"))
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
+
+
+def test_headline_and_numbers(page: Page) -> None:
+    assert page.text["h1"] == "Adaptation raised accuracy on ucmerced by 3.3 points."
+    rows = page.table("Model", "Evaluator")
+    assert ["adapted", "linear probe", "86.2", "89.5", "+3.3", "+1.4 to +5.2", "gain"] in rows
+    assert ["adapted", "k-nearest neighbours", "80.5", "81.4", "+0.9", "−1.4 to +3.3", "not clear"] in rows
+    assert ["finetuned", "trained head", "–", "94.3", "–", "–", "no comparison"] in rows
+    assert ["adapted", "k-nearest neighbours", "68.0", "66.2", "−1.8", "−3.4 to −0.2", "loss"] in rows
+    cost = " ".join(page.table("Stage", "Method")[0])
+    assert cost == "pretrain explora 592,128 10.4 % 1,234,567 240 15,360 37.2 6 min 52 s"
+    place = ["target", "source", "linear", "knn", "head", *MODELS].index
+    expected = [(row["data"], row["evaluator"], row["model"]) for row in ROWS]
+    expected.sort(key=lambda names: tuple(map(place, names)))
+    assert [(data, evaluator, model) for data, model, evaluator, *_ in page.table("Data", "Model")] == expected
+
+
+def test_page_stands_alone(page: Page, text: str) -> None:
+    assert len(text.encode()) < 5e6
+    assert all(r.startswith(("data:image/", "#")) for r in page.resources)
+    assert not {"link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert not re.search(r"url\((?!#)|@import", text)
+
+
+def test_hostile_names_stay_text(page: Page, text: str) -> None:
+    assert page.tags.count("script") == 1
+    assert "alert(1)" not in page.text["script"]
+    assert "<script>alert" not in text
+    assert "<script>bad" not in text
+    assert "$forest_{a}$" in page.text["text"]
+    assert "河川" in page.text["text"]
+
+
+def test_svg_takes_the_page_colours(text: str) -> None:
+    svgs = "".join(re.findall(r"<svg.*?</svg>", text, re.S))
+    assert "var(--accent)" in svgs
+    assert not re.search(r'(fill|stroke): #|<g id="', svgs)
+
+
+def test_trust_names_what_was_used(text: str) -> None:
+    seeds, torn = "pretrain.seed 7, probe.seed 1", "1 line was torn in pretrain/metrics.jsonl"
+    record = [
+        "explora run configs/ucmerced.yaml",
+        "8c1f" * 4,
+        "0123456789ab; the tree had uncommitted",
+        "torch 2.13.0",
+    ]
+    assert [item for item in [*record, seeds, torn, "never on the test"] if item not in text] == []
+
+
+def test_confusion_counts(run: Path, page: Page) -> None:
+    names = ("target__labels", "baseline__target__linear", "adapted__target__linear")
+    with np.load(run / "probe" / "predictions.npz") as arrays:
+        labels, before, after = (arrays[name] for name in names)
+    for name, n, was, now, change in page.table("Class"):
+        own = labels == CLASSES.index(name)
+        expected = own.sum(), (before[own] == labels[own]).sum(), (after[own] == labels[own]).sum()
+        assert (int(n), int(was), int(now)) == expected
+        assert int(change.replace("−", "-")) == expected[2] - expected[1]
+
+
+@pytest.mark.parametrize(
+    ("difference", "kind", "first", "second"),
+    [
+        ((3.3, 1.0, 5.0), "gain", "raised accuracy on ucmerced by 3.3 points", "+1.0 to +5.0"),
+        ((1.2, -0.5, 3.0), "unclear", "made no clear difference", "includes zero"),
+        ((1.2, 0.0, 3.0), "unclear", "made no clear difference", "includes zero"),
+        ((-1.2, -2.0, 0.0), "unclear", "made no clear difference", "includes zero"),
+        ((-3.3, -5.0, -0.01), "loss", "lowered accuracy on ucmerced by 3.3 points", "−5.0 to −0.01"),
+        (None, "unknown", "cannot be said", "no paired difference"),
+        ((math.nan,) * 3, "unknown", "cannot be said", "no paired difference"),
+    ],
+)
+def test_words_follow_the_interval(run: Path, difference: Triple, kind: str, first: str, second: str) -> None:
+    rows = [
+        _row("baseline", "target", "linear", 90, None),
+        _row("adapted", "target", "linear", 91, difference),
+    ]
+    chain = replace(read_chain(run), rows=[Row(**row) for row in rows])
+    said = headline(chain)
+    assert verdict(chain.rows[1]) == kind
+    assert first in said[0]
+    assert second in said[1]
+
+
+def test_headline_does_not_pick_the_best_evaluator(run: Path) -> None:
+    rows = [
+        _row("baseline", "target", "linear", 90, None),
+        _row("adapted", "target", "linear", 88, (-2, -3, -1)),
+        _row("baseline", "target", "knn", 60, None),
+        _row("adapted", "target", "knn", 90, (30, 20, 40)),
+    ]
+    assert "lowered" in headline(replace(read_chain(run), rows=[Row(**row) for row in rows]))[0]
+
+
+def test_small_numbers_keep_their_sign() -> None:
+    said = " ".join(map(points, (0.0, 0.04, -0.04, 1.25, -12.0, None)))
+    assert said == "0.0 +0.04 −0.04 +1.2 −12.0 –"
+    assert [duration(x) for x in (4.25, 48, 412.3, 11100)] == ["4.2 s", "48 s", "6 min 52 s", "3 h 05 min"]
+
+
+def test_table_fits_a_terminal(run: Path) -> None:
+    lines = table(run).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(line == line.rstrip() for line in lines)
+    assert re.search(r"adapted +89\.5 \[87\.0, 92\.0\] +81\.4", "\n".join(lines))
+    assert re.search(r"- baseline +\+3\.3 \[\+1\.4, \+5\.2\] +\+0\.9 \[-1\.4, \+3\.3\]", "\n".join(lines))
+    assert any(line.startswith("source, n 210") for line in lines)
+    assert re.search(r"pretrain +592,128 +5,717,416 +10\.4 % +6 min 52 s", lines[-2])
+
+
+@pytest.mark.parametrize(
+    ("removed", "lines"),
+    [
+        (
+            "probe/pictures.npz probe/predictions.npz probe/classes.json finetune/summary.json",
+            ("No pictures of patch features", "No confusion matrix", "No fine-tuning was part"),
+        ),
+        (
+            "probe/results.jsonl pretrain/metrics.jsonl finetune/metrics.jsonl shards/target/manifest.json",
+            ("Nothing was measured yet", "No training curves"),
+        ),
+        (
+            "pretrain/summary.json finetune/summary.json environment.json config.yaml "
+            "shards/target/manifest.json shards/source/manifest.json",
+            ("its cost is not known", "No seed is recorded", "No manifest lies", "on the target data by"),
+        ),
+    ],
+)
+def test_missing_parts_are_said(tmp_path: Path, removed: str, lines: tuple[str, ...]) -> None:
+    run = make_run(tmp_path)
+    for name in removed.split():
+        (run / name).unlink()
+    text = write_report(run).read_text(encoding="utf-8")
+    Page(text)
+    assert [line for line in lines if line not in text] == []
+    assert table(run)
+
+
+def test_bare_and_old_rows(tmp_path: Path) -> None:
+    run = make_run(tmp_path, rows=[*ROWS[:2], _row("adapted", "target", "linear", 50.0, (-40, -45, -35))])
+    _json(run / "pretrain" / "summary.json", {"stage": "pretrain"})
+    page = Page(write_report(run, tmp_path / "elsewhere" / "page.html").read_text(encoding="utf-8"))
+    assert page.text["h1"] == "Adaptation lowered accuracy on ucmerced by 40.0 points."
+    assert "No source data" in page.text["p"]
+    assert "source: not measured" in table(run)
+
+
+def test_many_classes_and_other_evaluators(tmp_path: Path) -> None:
+    rows = [
+        _row(model, "target", evaluator, 70.0 + place, (1.0, 0.5, 1.5) if model == "adapted" else None)
+        for place, evaluator in enumerate(["linear", "logreg", "knn", "fewshot", "attentive"])
+        for model in ("baseline", "adapted")
+    ]
+    rows.append({**rows[-1], "metric": "top5"})
+    run = make_run(tmp_path, rows=rows, classes=[f"class {i}" for i in range(105)])
+    text = write_report(run).read_text(encoding="utf-8")
+    assert len(text) < 2e6
+    assert "attentive, top5" in text
+    assert max(map(len, table(run).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("probe/results.jsonl", b'{"model": "adapted"}', "line 1: not a row"),
+        ("probe/results.jsonl", b"[1]", "line 1: not a row"),
+        ("pretrain/summary.json", b"{", "not valid JSON"),
+        ("environment.json", b"[]", "expected a JSON object"),
+        ("probe/classes.json", b"{}", "expected a JSON list"),
+        ("probe/predictions.npz", b"PK\x03\x04 torn", "cannot read these arrays"),
+        ("config.yaml", b"\xff\xfe\x00", "cannot read this file"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    run = make_run(tmp_path)
+    (run / name).write_bytes(content)
+    with pytest.raises(RunError, match=f"{name}.*{said}"):
+        read_chain(run)
+
+
+def test_no_run(tmp_path: Path) -> None:
+    for door in (write_report, table):
+        with pytest.raises(RunError, match="not the folder of a run"):
+            door(tmp_path)
+        with pytest.raises(RunError, match="no such folder"):
+            door(tmp_path / "absent")
+
+
+def test_unwritable_place_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(RunError, match="cannot write"):
+        write_report(run, tmp_path / "taken")
+    with pytest.raises(RunError, match="cannot write"):
+        write_report(run, run / "config.yaml" / "report.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
+
+
+def test_same_run_same_page(run: Path, text: str) -> None:
+    assert render(read_chain(run)) == text

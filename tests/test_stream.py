@@ -1,0 +1,157 @@
+"""The order of samples: the same on any number of workers, micro-batches, and after any stop."""
+
+import io
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from explora.data import Center, Crop, Key, MultiCrop, RawSample, ShardSet, Step, Stream, Views, batches, pack
+from explora.data.stream import order
+from explora.errors import ConfigError, DataError
+
+# A machine with one core is enough for these tests, however torch warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+N = 11
+VIEWS = MultiCrop(global_size=16, local_size=8, local_crops=2, patch_size=4)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    root = tmp_path_factory.mktemp("stream")
+    samples = []
+    for number in range(N):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number}.png")
+        samples.append(RawSample(root / f"{number}.png", number % 3))
+    return pack(samples, root / "shards", name="tiny", classes=["a", "b", "c"], shard_bytes=8000)
+
+
+def stream(shards: ShardSet, views: Views = VIEWS, workers: int = 0, **changes: object) -> Stream:
+    options: dict = {"batch_size": 4, "seed": 7} | changes
+    return Stream(shards, views, workers=workers, **options)
+
+
+def same(left: list[Step], right: list[Step]) -> None:
+    assert [step.index for step in left] == [step.index for step in right]
+    for one, other in zip(left, right, strict=True):
+        assert len(one.micro_batches) == len(other.micro_batches)
+        for batch, twin in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert batch.keys() == twin.keys()
+            assert all(torch.equal(batch[key], twin[key]) for key in batch)
+
+
+def test_order_is_a_permutation_for_each_epoch_and_seed() -> None:
+    orders = [order(N, seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert all(sorted(one) == list(range(N)) for one in orders)
+    assert len({one.tobytes() for one in orders}) == 6
+
+
+def test_each_image_once_an_epoch_and_batches_run_across(shards: ShardSet) -> None:
+    exact = Crop(size=8)
+    steps = list(stream(shards, exact, batch_size=N).steps(2))
+    for step in steps:
+        assert Counter(step.micro_batches[0]["label"].tolist()) == Counter(shards.labels.tolist())
+    labels = [step.micro_batches[0]["label"] for step in stream(shards, exact, batch_size=25).steps(2)]
+    places = itertools.chain(*(order(N, 7, epoch) for epoch in range(5)))
+    assert torch.cat(labels).tolist() == [int(shards.labels[at]) for at in list(places)[:50]]
+
+
+def test_a_batch_is_the_naive_one(shards: ShardSet) -> None:
+    step = list(stream(shards).steps(3))[2]
+    batch = step.micro_batches[0]
+    for place, number in enumerate(range(8, 12)):
+        epoch, at = divmod(number, N)
+        index = int(order(N, 7, epoch)[at])
+        expected = VIEWS.sample(shards.image(index), Key(7, epoch, index))
+        assert all(torch.equal(batch[key][place], expected[key]) for key in expected)
+    assert torch.equal(batch["mask"], VIEWS.step(7, 8, 4)["mask"])
+    assert step.images == 4
+
+
+def test_workers_change_nothing(shards: ShardSet) -> None:
+    same(list(stream(shards).steps(5)), list(stream(shards, workers=2).steps(5)))
+
+
+def test_resume_at_any_step(shards: ShardSet) -> None:
+    whole = list(stream(shards).steps(7))
+    for stop in (1, 3, 6):
+        first = stream(shards)
+        for step in first.steps(7):
+            if step.index == stop - 1:
+                break
+        position = first.state_dict()
+        assert position["samples"] == stop * 4
+        same(whole[stop:], list(stream(shards, position=position).steps(7)))
+    again = stream(shards)
+    same(whole, [*again.steps(2), *again.steps(2), *again.steps(7)])
+
+
+def test_micro_batches_are_slices(shards: ShardSet) -> None:
+    for one, two in zip(stream(shards).steps(3), stream(shards, micro_batches=2).steps(3), strict=True):
+        assert len(two.micro_batches) == 2
+        for key, value in one.micro_batches[0].items():
+            assert torch.equal(value, torch.cat([half[key] for half in two.micro_batches]))
+        done = [VIEWS.finish(half)["global"] for half in two.micro_batches]
+        whole = VIEWS.finish(one.micro_batches[0])["global"]
+        torch.testing.assert_close(whole, torch.cat(done, dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_global_generator_is_not_touched(shards: ShardSet) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    list(stream(shards, workers=1).steps(1))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_position_of_another_run_is_refused(shards: ShardSet) -> None:
+    position = stream(shards).state_dict()
+    for changes, words in (
+        ({"seed": 8}, "seed: saved 7, now 8"),
+        ({"batch_size": 8}, "batch size: saved 4, now 8"),
+        ({"seed": 8, "batch_size": 8}, "seed: .*\n.*batch size"),
+    ):
+        with pytest.raises(DataError, match=words):
+            stream(shards, position=position, **changes)
+    with pytest.raises(DataError, match="fingerprint"):
+        stream(shards, position={**position, "fingerprint": "other"})
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        stream(shards, micro_batches=3)
+
+
+def test_labels_are_required_where_needed(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    plain = pack([RawSample(tmp_path / "a.png")], tmp_path / "out", name="x", classes=None)
+    with pytest.raises(DataError, match="1 of 1 images have no label"):
+        stream(plain, Crop(size=8))
+    assert next(batches(plain, Center(size=8), 4, 0))["label"].tolist() == [-1]
+
+
+def test_evaluation_batches_in_order(shards: ShardSet) -> None:
+    view = Center(size=8)
+    for workers in (0, 2):
+        found = list(batches(shards, view, 4, workers))
+        assert [len(batch["label"]) for batch in found] == [4, 4, 3]
+        assert torch.cat([batch["label"] for batch in found]).tolist() == shards.labels.tolist()
+        image = torch.cat([view.finish(batch)["image"] for batch in found])
+        alone = view.finish({"image": view.sample(shards.image(9), Key(0, 0, 0))["image"][None]})
+        torch.testing.assert_close(image[9:10], alone["image"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_names_shard_and_key(tmp_path: Path, workers: int) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, "JPEG")
+    (tmp_path / "a.jpg").write_bytes(file.getvalue())
+    shards = pack([RawSample(tmp_path / "a.jpg")], tmp_path / "out", name="x", classes=None)
+    with (tmp_path / "out/shard-000000.tar").open("rb+") as tar:
+        tar.seek(512)
+        tar.write(b"\0" * 100)
+    with pytest.raises(DataError, match=r"^\S+shard-000000\.tar: image 000000000: not a whole"):
+        next(stream(shards, workers=workers).steps(1))
