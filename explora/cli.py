@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Adapt a pretrained vision transformer to your own imagery, and read what it gained and forgot.",
 )
+INTERRUPTED = 130
+"""Exit code that typer makes of Ctrl-C."""
 ConfigFile = Annotated[str, typer.Argument(help="YAML config", metavar="CONFIG")]
 Changes = Annotated[list[str] | None, typer.Argument(help="overrides: optim.lr=1e-4", metavar="[KEY=VALUE]...")]
 
@@ -107,9 +109,10 @@ def main() -> None:
     except ExploraError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to go on from the last checkpoint", err=True)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            typer.echo("interrupted; run the same command again to go on from the last checkpoint", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def read(source: str | Path | Mapping[str, Any], overrides: Overrides = None) ->
     Raises:
         ConfigError: the file is missing, is not YAML, or an override has no `=`.
     """
-    raw: Any = _read_yaml(Path(source)) if isinstance(source, str | Path) else _copy(source)
+    raw: Any = parse(Path(source)) if isinstance(source, str | Path) else _copy(source)
     if not isinstance(raw, dict):
         raise ConfigError(f"{name_of(source)}: expected a mapping of keys, got {type(raw).__name__}")
     for path, value in _pairs(overrides):
@@ -55,7 +55,7 @@ def validate(kind: type[C], raw: Mapping[str, Any], source: object = "config") -
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_problem(kind, raw, item) for item in error.errors(include_url=False)))
+        lines = list(_problems(kind, raw, error))
         head = f"{name_of(source)}: {len(lines)} problem{'s' if len(lines) != 1 else ''}"
         raise ConfigError("\n  ".join([head, *lines])) from None
 
@@ -67,7 +67,7 @@ def load(kind: type[C], source: str | Path | Mapping[str, Any], overrides: Overr
 
 def dump(config: Config) -> str:
     """The resolved config as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def name_of(source: object) -> str:
@@ -79,14 +79,24 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-4` as a string; this loader reads it as the number everyone means."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart: quotes a string that the loader would read as a number."""
 
 
-def _read_yaml(path: Path) -> Any:
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
+
+
+def parse(path: Path) -> Any:
+    """The content of a YAML file as it stands, variables not expanded.
+
+    Raises:
+        ConfigError: the file is missing or not valid YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -149,35 +159,72 @@ def _variable(match: re.Match[str]) -> str:
     return value
 
 
-def _problem(kind: type[Config], raw: Any, item: Any) -> str:
-    # pydantic puts the tag of a discriminated union into the path; keep only keys the user wrote.
-    location = [part for part, keep in _written(raw, item["loc"]) if keep]
+_EXPECTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "an integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping of keys"),
+    "string_type": "a string",
+}
+
+
+def _problems(kind: type[Config], raw: Any, error: ValidationError) -> Iterator[str]:
+    """One line a problem; what the branches of a union expect at the same key is joined by `or`."""
+    found: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        path, problem = _problem(kind, raw, item)
+        if problem not in found.setdefault(path, []):
+            found[path].append(problem)
+    for path, problems in found.items():
+        parts = [re.fullmatch("expected (.*?)(, got .*)?", problem, re.DOTALL) for problem in problems]
+        if all(parts) and len(parts) > 1:
+            branches = [part for part in parts if part]
+            problems = [f"expected {' or '.join(part[1] for part in branches)}{branches[0][2] or ''}"]
+        yield from (f"{path}: {problem}" for problem in problems)
+
+
+def _problem(kind: type[Config], raw: Any, item: Any) -> tuple[str, str]:
+    """The path of a pydantic error, in keys that the user wrote, and what is wrong there."""
+    location, shown = _written(raw, item["loc"], item["type"]), item.get("input")
+    if item["type"].startswith("union_tag"):
+        location.append(item["ctx"]["discriminator"].strip("'"))
     path = ".".join(str(part) for part in location) or "(top level)"
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _known_keys(kind, raw, item["loc"]), n=1)
-        return f"{path}: no such key" + (f"; did you mean '{near[0]}'?" if near else "")
-    if item["type"] == "missing":
-        return f"{path}: required, but not given"
-    message = item["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:].replace("Input should be", "expected", 1)
-    message = message.replace("input should be", "expected", 1)
-    shown = item.get("input")
-    return f"{path}: {message}" + (f", got {shown!r}" if isinstance(shown, str | int | float | None) else "")
+        return path, "no such key" + _nearest(str(location[-1]), _known_keys(kind, raw, item["loc"]))
+    if item["type"] in ("missing", "union_tag_not_found"):
+        return path, "required, but not given"
+    if item["type"] == "union_tag_invalid":
+        tag, tags = item["ctx"]["tag"], item["ctx"]["expected_tags"]
+        return path, f"expected one of {tags}, got {tag!r}" + _nearest(tag, re.findall("'([^']*)'", tags))
+    if item["type"] in _EXPECTED:
+        message = f"expected {_EXPECTED[item['type']]}"
+    else:
+        message = re.sub("^Input should be (?=greater|less|a multiple)", "expected a value ", item["msg"])
+        message = message.removeprefix("Value error, ").replace("Input should be", "expected", 1)
+        message = message[0].lower() + message[1:]
+    return path, message + (f", got {shown!r}" if isinstance(shown, str | int | float | None) else "")
 
 
-def _written(raw: Any, location: Sequence[str | int]) -> Iterator[tuple[str | int, bool]]:
-    """Each part of a pydantic location, with whether it is a key of the input rather than a union's tag."""
-    node = raw
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _written(raw: Any, location: Sequence[str | int], kind: str) -> list[str | int]:
+    """The parts of a pydantic location that are keys of the input; the others are tags of unions."""
+    node, written = raw, []
     for number, part in enumerate(location):
-        last = number == len(location) - 1
-        if isinstance(node, Mapping) and part not in node and not last:
-            yield part, False
+        absent = kind == "missing" and number == len(location) - 1
+        inside = part in node if isinstance(node, Mapping) else isinstance(node, list | tuple) and part != str(part)
+        if not inside and not absent:
             continue
-        yield part, True
+        written.append(part)
         try:
             node = node[part]
         except (KeyError, IndexError, TypeError):
             node = None
+    return written
 
 
 def _known_keys(kind: type[Config], raw: Any, location: Sequence[str | int]) -> list[str]:

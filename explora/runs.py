@@ -12,18 +12,18 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from explora import config as configs
 from explora.config import Config
-from explora.errors import RunError
+from explora.errors import ExploraError, RunError
 
 logger = logging.getLogger("explora")
+_RECORDS = ("config.yaml", "environment.json", "log.txt", ".lock")
+"""What opening a run writes, before the stage has done anything."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -50,13 +50,13 @@ class Run:
     Use as `with Run.open(out, config, stage) as run`.
     """
 
-    def __init__(self, folder: Path, lock: Any) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = lock
         self._metrics = folder / "metrics.jsonl"
-        self._handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self._tensorboard: Any = None
+        self._handler = _LogFile(folder / "log.txt", encoding="utf-8")
+        self._tensorboard: _TensorBoard | None = None
+        self._level = logger.level
+        logger.setLevel(logging.DEBUG)  # log.txt holds the same from Python as from the command line
         logger.addHandler(self._handler)
 
     @classmethod
@@ -64,10 +64,14 @@ class Run:
     def open(cls, folder: str | Path, config: Config) -> Iterator[Run]:
         """Create a run folder, or go on with one of the same config.
 
+        A new folder in which nothing was done when an `ExploraError` came is removed again, so that the corrected
+        config does not meet a run of the wrong one.
+
         Raises:
             RunError: the folder belongs to another config, is in use by another process, or cannot be written.
         """
         folder = Path(folder)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = (folder / ".lock").open("w")
@@ -75,17 +79,24 @@ class Run:
             raise RunError(f"{folder}: cannot create this run folder: {error.strerror}") from None
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Not flock: processes that load data would inherit it and outlive a kill of this one by seconds.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise RunError(
                     f"{folder}: another process is running here; wait for it or choose another out"
                 ) from None
-            _claim(folder, config)
-            run = cls(folder, lock)
+            new = not (folder / "config.yaml").exists()
             try:
-                yield run
-            finally:
-                run._close()
+                _claim(folder, config)
+                run = cls(folder)
+                try:
+                    yield run
+                finally:
+                    run._close()
+            except ExploraError:
+                if new:
+                    _abandon(folder, made)
+                raise
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -103,15 +114,11 @@ class Run:
         try:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(dict(row)) + "\n")
+            if self._tensorboard is None:
+                self._tensorboard = _TensorBoard(self.folder / "tensorboard", row["step"])
+            self._tensorboard.write(row)
         except OSError as error:
-            raise RunError(
-                f"{self._metrics}: cannot write: {error.strerror}; free some space, then run again"
-            ) from None
-        if self._tensorboard is None:
-            self._tensorboard = _tensorboard(self.folder / "tensorboard", row["step"])
-        for name, value in row.items():
-            if isinstance(value, int | float) and name != "step":
-                self._tensorboard.add_scalar(name, value, row["step"])
+            raise _full(self._metrics, error) from None
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop rows of steps that a resumed run is about to take again, and a row that a kill cut short."""
@@ -126,9 +133,67 @@ class Run:
 
     def _close(self) -> None:
         logger.removeHandler(self._handler)
-        self._handler.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        logger.setLevel(self._level)
+        with suppress(OSError):  # what could not be written has been said where it was written
+            self._handler.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+
+class _LogFile(logging.FileHandler):
+    """The run's log.txt; logging itself would print a traceback for every line that does not fit on the disk."""
+
+    def __init__(self, path: Path, encoding: str) -> None:
+        super().__init__(path, encoding=encoding)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise _full(Path(self.baseFilename), error) from None
+        super().handleError(record)
+
+
+class _TensorBoard:
+    """Scalars for TensorBoard; torch's own writer has a thread, whose errors on a full disk nobody can catch."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        self._events = event_pb2
+        self._writer = RecordWriter((folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}").open("wb"))
+        self._add(step, file_version="brain.Event:2")
+        # Rows that an earlier session logged from here on are taken again: TensorBoard hides them.
+        self._add(step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        values = [{"tag": name, "simple_value": value} for name, value in numbers.items()]
+        self._add(row["step"], summary={"value": values})
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.write(self._events.Event(wall_time=time.time(), step=step, **content).SerializeToString())
+
+
+def _full(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path}: cannot write: {error.strerror}; free some space, then run again")
+
+
+def _abandon(folder: Path, made: Iterable[Path]) -> None:
+    """Clear a run folder that holds no work, and remove the folders that were made for it."""
+    if any(path.name not in _RECORDS for path in folder.iterdir()):
+        return
+    for name in _RECORDS:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # another run has moved in
+        for path in made:
+            path.rmdir()
 
 
 def _claim(folder: Path, config: Config) -> None:
@@ -138,8 +203,7 @@ def _claim(folder: Path, config: Config) -> None:
         write_atomically(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
         write_atomically(recorded, configs.dump(config))
         return
-    old, new = yaml.safe_load(recorded.read_text()), yaml.safe_load(configs.dump(config))
-    changed = sorted(_differences(old, new))
+    changed = sorted(_differences(configs.parse(recorded), config.model_dump(mode="json")))
     if changed:
         shown = "\n  ".join(changed[:10])
         raise RunError(
@@ -196,9 +260,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
         return float("inf")
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=step)

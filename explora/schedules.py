@@ -16,7 +16,8 @@ class Length(NamedTuple):
     unit: str
 
     def __str__(self) -> str:
-        return f"{self.amount:g}%" if self.unit == "%" else f"{self.amount:g} {self.unit}"
+        # 15 digits: a recorded config is read again, and 1281167 samples must not become 1.28117e+06.
+        return f"{self.amount:.15g}%" if self.unit == "%" else f"{self.amount:.15g} {self.unit}"
 
     def steps(self, *, batch: int, samples: int, total: int | None = None) -> int:
         """Optimizer steps of `batch` images over a set of `samples`; `total` is the run that per cent refer to."""
@@ -30,7 +31,7 @@ class Length(NamedTuple):
         return max(1, round(images / batch)) if images > 0 else 0
 
 
-_LENGTH = re.compile(r"^\s*(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*(steps?|epochs?|samples?|%)?\s*$")
+_LENGTH = re.compile(r"^\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(steps?|epochs?|samples?|%)?\s*$")
 
 
 def _parse(value: Any) -> Length:

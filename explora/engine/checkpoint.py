@@ -52,7 +52,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _fsync(folder)
-    except Exception as error:
+    except (Exception, dcp.CheckpointException) as error:  # DCP's is no Exception
         shutil.rmtree(temporary, ignore_errors=True)
         cause = _os_error(error)
         if cause is None:
@@ -95,7 +95,7 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(tensors, checkpoint_id=path, no_dist=True)
     except dcp.CheckpointException as error:
-        raise RunError(f"{path}: does not fit this run: {error}") from error
+        raise RunError(f"{path}: does not fit this run: {_cause(error)}") from error
 
 
 def _fsync(path: Path) -> None:
@@ -106,10 +106,14 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _cause(error: BaseException | None) -> BaseException | None:
+    """What one rank met, without DCP's traceback around it."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+
+
 def _os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind an exception: DCP wraps it."""
-    if isinstance(error, dcp.CheckpointException):
-        return next((e[0] for e in error.failures.values() if isinstance(e[0], OSError)), None)
+    """The operating system's error behind an exception: DCP wraps it, and torch raises others on top of it."""
+    error = _cause(error)
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error

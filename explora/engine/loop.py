@@ -135,7 +135,7 @@ class Training:
         if self._in_a_row >= self.config.max_skipped:
             raise TrainingError(
                 f"{self._in_a_row} steps in a row had a non-finite loss or gradient; lower optim.lr or look at the "
-                f"images; the last good checkpoint is kept in {self.run.folder / 'checkpoints'}"
+                f"images and weights, and start in another folder"
             )
 
     def _steps(self) -> Iterator[Step]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
@@ -61,28 +61,25 @@ class OptimConfig(Config):
         return lr * factor[self.lr_rule]
 
 
+class Group(NamedTuple):
+    """What the parameters of one optimizer group have in common."""
+
+    peak: float
+    """Effective peak learning rate."""
+    decays: bool
+    """Whether weight decay acts on them."""
+    role: str
+    """The objective's name for their part."""
+
+
 class Optimizer:
     """AdamW over what an objective trains; `step` takes a step only when everything is finite."""
 
     def __init__(self, config: OptimConfig, objective: Objective, batch: int) -> None:
         self.config = config
         self.objective = objective
-        self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        if not self.named:
-            raise ConfigError("adapt: nothing is trained; choose a method other than 'frozen' for this objective")
-        unused = [rule.match for rule in config.rules if not any(re.search(rule.match, n) for n in self.named)]
-        if unused:
-            raise ConfigError(
-                f"optim.rules: no trained parameter matches {unused}; trained are {_families(self.named)}"
-            )
-        groups: dict[tuple[float, bool, str], list[nn.Parameter]] = {}
-        for name, parameter in self.named.items():
-            key = (
-                config.peak(self._lr(name), batch) * self._depth_factor(name),
-                _decays(name, parameter),
-                objective.role(name),
-            )
-            groups.setdefault(key, []).append(parameter)
+        self.named = _trained(objective)
+        groups = parameter_groups(config, objective, batch)
         self.groups = list(groups)
         self.adamw = torch.optim.AdamW(
             [{"params": parameters} for parameters in groups.values()],
@@ -143,18 +140,35 @@ class Optimizer:
             group["lr"] = self._rate(peak, progress) * self.objective.lr_scale(role, progress)
             group["weight_decay"] = decay if decays else 0.0
 
-    def _lr(self, name: str) -> float:
-        return next((rule.lr for rule in self.config.rules if re.search(rule.match, name)), self.config.lr)
 
-    def _depth_factor(self, name: str) -> float:
-        """layer_decay ** (blocks between this parameter and the head)."""
-        path, backbone, rest = name.partition("backbone.")
-        del path
-        if not backbone or rest.startswith("norm."):
-            return 1.0
-        depth = self.objective.backbone.depth
-        layer = int(rest.split(".")[1]) + 1 if rest.startswith("blocks.") else 0
-        return self.config.layer_decay ** (depth + 1 - layer)
+def parameter_groups(config: OptimConfig, objective: Objective, batch: int) -> dict[Group, list[nn.Parameter]]:
+    """What trains, in groups of one peak rate, weight decay or not, and one role.
+
+    Raises:
+        ConfigError: a rule matches nothing that trains.
+    """
+    named = _trained(objective)
+    unused = [rule.match for rule in config.rules if not any(re.search(rule.match, name) for name in named)]
+    if unused:
+        raise ConfigError(f"optim.rules: no trained parameter matches {unused}; trained are {_families(named)}")
+    groups: dict[Group, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        lr = next((rule.lr for rule in config.rules if re.search(rule.match, name)), config.lr)
+        peak = config.peak(lr, batch) * config.layer_decay ** _layers_above(name, objective.backbone.depth)
+        groups.setdefault(Group(peak, _decays(name, parameter), objective.role(name)), []).append(parameter)
+    return groups
+
+
+def _trained(objective: Objective) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in objective.named_parameters() if p.requires_grad}
+
+
+def _layers_above(name: str, depth: int) -> int:
+    """Steps of layer decay from this parameter up to the head; the embedding is below block 0."""
+    _, backbone, rest = name.partition("backbone.")
+    if not backbone or rest.startswith("norm."):
+        return 0
+    return depth - int(rest.split(".")[1]) if rest.startswith("blocks.") else depth + 1
 
 
 def _decays(name: str, parameter: Tensor) -> bool:

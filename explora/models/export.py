@@ -57,13 +57,19 @@ def _facts(vit: ViT) -> dict[str, Any]:
     return {"name": vit.name, "options": vit.options, "image_size": vit.image_size}
 
 
-def load_adapter(path: str | Path, vit: ViT) -> None:
+def load_adapter(path: str | Path, vit: ViT, method: Mapping[str, Any]) -> None:
     """Put an adapter's tensors into a ViT on which its method has been applied.
 
+    Args:
+        method: the config of the method applied to `vit`, as `save_adapter` was given it.
+
     Raises:
-        WeightsError: other names or shapes than the model's, or another frozen base than it was trained on.
+        WeightsError: another method (say another alpha), names or shapes that are not the model's, or another frozen
+            base than it was trained on.
     """
     tensors, metadata = read_tensors(path)
+    if metadata.get("method") != dict(method):
+        raise WeightsError(f"{path}: was trained with {metadata.get('method')}, not with {dict(method)}")
     state = dict(vit.state_dict())
     strange = [name for name in tensors if name not in state or state[name].shape != tensors[name].shape]
     if strange:

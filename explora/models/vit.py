@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from explora.models.torchvision_compat import import_torchvision
 import_torchvision()
 import timm  # noqa: E402
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup  # noqa: E402
-from timm.layers import Attention, resample_abs_pos_embed  # noqa: E402
+from timm.layers import Attention, PatchEmbed, resample_abs_pos_embed  # noqa: E402
 from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
 __all__ = ["BlockFeatures", "Mixup", "Tokens", "ViT", "build", "resample_positions", "timm"]
@@ -184,27 +185,24 @@ def build(name: str, image_size: int, options: Options | None = None) -> ViT:
     """
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture.replace('_', '*')}*")[:3] or timm.list_models("vit_*")[:3]
+        near = difflib.get_close_matches(architecture, timm.list_models()) or timm.list_models("vit_*")[:3]
         raise WeightsError(f"timm has no model '{name}'; near: {', '.join(near)}")
     source = _create(architecture, image_size, options or {})
     patch = source.patch_embed.patch_size[0]
     if image_size % patch:
-        low = image_size // patch * patch
+        near = [str(size) for size in (image_size // patch * patch, (image_size // patch + 1) * patch) if size]
         raise WeightsError(
-            f"image_size {image_size} is no multiple of the patch size {patch} of '{name}'; "
-            f"use {low or patch} or {low + patch}"
+            f"image_size {image_size} is no multiple of the patch size {patch} of '{name}'; use {' or '.join(near)}"
         )
     return ViT(source, name, image_size, options)
 
 
 def _create(architecture: str, image_size: int, options: Options) -> VisionTransformer:
     # fc_norm=False keeps the final norm on the tokens; models that pool the mean would move it behind the pool.
-    plain: dict[str, Any] = {"pretrained": False, "num_classes": 0, "img_size": image_size, "fc_norm": False, **options}
+    plain: dict[str, Any] = {"num_classes": 0, "global_pool": "", "fc_norm": False, "img_size": image_size}
     try:
-        model = timm.create_model(architecture, global_pool="token", **plain)
-    except AssertionError:  # no class token to pool
-        model = timm.create_model(architecture, global_pool="avg", **plain)
-    except TypeError as error:
+        model = timm.create_model(architecture, pretrained=False, **{**plain, **options})
+    except (TypeError, AssertionError) as error:
         raise WeightsError(f"'{architecture}' with {dict(options)} is no plain vision transformer: {error}") from None
     return _plain(model, architecture)
 
@@ -218,11 +216,18 @@ def _normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _plain(model: nn.Module, name: str) -> VisionTransformer:
     """The model itself, if the forward pass above covers all its parts."""
-    if isinstance(model, VisionTransformer) and all(
-        type(block) is Block and type(block.attn) is Attention and block.attn.gate is None for block in model.blocks
-    ):
+    if isinstance(model, VisionTransformer) and _known(model):
         return model
     raise WeightsError(
-        f"'{name}' is a {type(model).__name__}; explora adapts plain timm VisionTransformers "
-        "(vit_*, deit_*, DINOv2, MAE)"
+        f"'{name}' ({type(model).__name__}) is more than a plain timm VisionTransformer (vit_*, deit_*, DINOv2, MAE), "
+        "the only kind that explora adapts"
+    )
+
+
+def _known(model: VisionTransformer) -> bool:
+    # Exact types: a distillation token or a ResNet stem comes as a subclass and would be left out in silence.
+    return (
+        type(model) is VisionTransformer
+        and type(model.patch_embed) is PatchEmbed
+        and all(type(b) is Block and type(b.attn) is Attention and b.attn.gate is None for b in model.blocks)
     )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ METADATA_KEY = "explora"
 """Our own safetensors files carry {"name", "options", "image_size"} as JSON under this metadata key."""
 
 _WRAPPERS = ("model", "state_dict", "teacher", "student")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "student.", "teacher.")
+_PREFIXES = re.compile(r"^((module|_orig_mod|backbone|student|teacher)\.)+")
 _RENAMED = {"register_tokens": "reg_token"}
 _MAY_MISS = frozenset({"mask_token"})
 _MAY_REMAIN = re.compile(r"^(head|head_dist|fc_norm|dino_head|ibot_head)\b|^dist_token$")
@@ -132,7 +133,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Pickles are read with `weights_only=True` alone.
 
     Raises:
-        WeightsError: no such file, a damaged file, or a pickle that holds more than tensors.
+        WeightsError: no such file, a damaged file, a pickle that holds more than tensors, or several models in one.
     """
     path = Path(path)
     if not path.is_file():
@@ -141,14 +142,18 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
             with safe_open(path, "pt") as file:
                 metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-        except SafetensorError as error:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
             raise WeightsError(f"{path}: damaged or no safetensors file: {error}") from None
+        return _without_prefixes(tensors, path), metadata
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise WeightsError(f"{path}: holds more than tensors; such a file could run code and is refused") from None
-    except (RuntimeError, EOFError, OSError) as error:
+        raise WeightsError(
+            f"{path}: no PyTorch checkpoint, or one that holds more than tensors, which could run code and is "
+            "refused; save the state_dict alone"
+        ) from None
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, struct.error) as error:
         raise WeightsError(f"{path}: damaged or no PyTorch checkpoint: {error}") from None
     return _unwrap(content, path), {}
 
@@ -188,15 +193,20 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(f"{path}: no tensors found in this checkpoint")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    for prefix in _PREFIXES * 2:
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
+    return _without_prefixes(tensors, path)
+
+
+def _without_prefixes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    short = {_PREFIXES.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(short) < len(tensors):
+        raise WeightsError(f"{path}: holds several models, such as student and teacher; save one of them alone")
+    return short
 
 
 def _positions(vit: ViT, pos_embed: Tensor, source: str) -> Tensor:
     prefix = vit.prefix_tokens if vit.embeds_prefix else 0
-    old = round((pos_embed.shape[1] - prefix) ** 0.5)
-    if old * old + prefix != pos_embed.shape[1] or pos_embed.shape[2] != vit.width:
+    old = round(max(0, pos_embed.numel() // vit.width - prefix) ** 0.5)
+    if pos_embed.shape != (1, old * old + prefix, vit.width):
         raise WeightsError(
             f"{source} does not fit {vit.name}: pos_embed {tuple(pos_embed.shape)} is not a square grid "
             f"of width {vit.width} with {prefix} prefix tokens"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -19,11 +19,14 @@ from explora.objectives.base import Batch, Objective, StepOutput
 from explora.objectives.heads import DINOHead
 from explora.schedules import Length, LengthField, Progress, cosine, linear
 
+Temperature = Annotated[float, Field(gt=0)]
+Momentum = Annotated[float, Field(ge=0, le=1)]
+
 
 class HeadConfig(Config):
     """The projection head, always fresh: no published checkpoint contains one."""
 
-    prototypes: int | Literal["auto"] = "auto"
+    prototypes: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """K; `auto` takes the power of two nearest to 32 rows' worth, 64 x batch, between 256 and 65,536."""
     hidden: int = Field(2048, ge=1)
     """Width of the hidden layers."""
@@ -55,12 +58,12 @@ class DINOv2Config(Config):
     """Where KoLeo looks for neighbours; over the batch costs one more student pass when a step has micro-batches."""
     center_momentum: float = Field(0.9, ge=0, lt=1)
     """EMA momentum of the centres of `softmax`."""
-    student_temperature: float = Field(0.1, gt=0)
-    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    student_temperature: Temperature = 0.1
+    teacher_temperature: tuple[Temperature, Temperature] = (0.04, 0.07)
     """Start and end of the linear ramp."""
     temperature_warmup: LengthField = Length(30, "%")
     """Length of that ramp."""
-    momentum: tuple[float, float] = (0.992, 1.0)
+    momentum: tuple[Momentum, Momentum] = (0.992, 1.0)
     """Start and end of the teacher's EMA momentum, along half a cosine."""
     freeze_last_layer: LengthField = Length(1, "%")
     """For how long the prototypes stand still."""
@@ -85,6 +88,8 @@ class Target(NamedTuple):
     """KoLeo of the whole batch and its gradient (2, B, D) with respect to these class tokens of the student."""
     share: float
     """This micro-batch's part of the images of the step."""
+    seed: int
+    """Drop path draws from it, so that KoLeo over the batch and the loss see the same student."""
 
 
 class Student(nn.Module):
@@ -173,16 +178,19 @@ class DINOv2(Objective):
         patches = self._centre(torch.cat(patch_logits), self.patch_center, temperature)
         cls_parts = cls.split([2 * count for count in images])
         patch_parts = patches.split([len(part) for part in patch_logits])
-        koleos = self._koleo_of_batch(micro_batches, progress)
+        seeds = torch.randint(2**62, (len(micro_batches),)).tolist()
+        koleos = self._koleo_of_batch(micro_batches, seeds, progress)
         return [
-            Target(cls_part.unflatten(0, (2, count)).flip(0), patch_part, koleo, count / sum(images))
-            for cls_part, patch_part, koleo, count in zip(cls_parts, patch_parts, koleos, images, strict=True)
+            Target(cls_part.unflatten(0, (2, count)).flip(0), patch_part, koleo, count / sum(images), seed)
+            for cls_part, patch_part, koleo, count, seed in zip(
+                cls_parts, patch_parts, koleos, images, seeds, strict=True
+            )
         ]
 
     def forward(self, batch: Batch, target: Target, progress: Progress) -> StepOutput:
         """Loss of one micro-batch: DINO over 2 + 2L pairs, iBOT over masked patches, KoLeo over each global crop."""
         config, mask = self.config, batch["mask"].flatten(0, 1)
-        tokens = self._study(batch, progress)
+        tokens = self._study(batch, target.seed, progress)
         views = [tokens[0].cls_BD.unflatten(0, (2, -1))]
         views += [part.cls_BD.unflatten(0, (-1, views[0].shape[1])) for part in tokens[1:]]
         logits = self.student.dino_head(torch.cat(views))
@@ -216,7 +224,8 @@ class DINOv2(Objective):
         cls = self.teacher.dino_head(tokens.cls_BD).unflatten(0, (views, images))
         return cls, self.teacher.patch_logits(tokens.patches_BND[batch["mask"].flatten(0, 1)])
 
-    def _study(self, batch: Batch, progress: Progress) -> list[Tokens]:
+    def _study(self, batch: Batch, seed: int, progress: Progress) -> list[Tokens]:
+        torch.manual_seed(seed)
         crops = [batch[name].flatten(0, 1) for name in ("global", "local") if len(batch[name])]
         masks = [batch["mask"].flatten(0, 1), None][: len(crops)]
         learns = torch.is_grad_enabled() and progress.over(self.config.head_warmup) >= 1
@@ -248,13 +257,14 @@ class DINOv2(Objective):
         return value + inner - inner.detach()
 
     def _koleo_of_batch(
-        self, micro_batches: Sequence[Batch], progress: Progress
+        self, micro_batches: Sequence[Batch], seeds: Sequence[int], progress: Progress
     ) -> Sequence[tuple[Tensor, Tensor] | None]:
         """KoLeo over all micro-batches with exact gradients (as GradCache has them), when there are several."""
         wanted = self.config.koleo_weight > 0 and self.config.koleo_over == "batch"
         if len(micro_batches) == 1 or not wanted:
             return [None] * len(micro_batches)
-        cls = [self._study(batch, progress)[0].cls_BD.unflatten(0, (2, -1)) for batch in micro_batches]
+        tokens = [self._study(batch, seed, progress)[0] for batch, seed in zip(micro_batches, seeds, strict=True)]
+        cls = [part.cls_BD.unflatten(0, (2, -1)) for part in tokens]
         whole = torch.cat(cls, 1).float().requires_grad_()
         with torch.enable_grad():
             value = sum((losses.koleo(view) for view in whole), whole.new_zeros(()))

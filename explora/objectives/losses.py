@@ -13,8 +13,9 @@ from explora.distributed import all_reduce_max, all_reduce_sum
 def sinkhorn(logits_NK: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Targets whose prototypes carry equal mass (Caron et al. 2020), over the rows of all ranks.
 
-    The kernel exp(logits / temperature) is scaled row by row before it is taken and then only multiplied by two
-    vectors, which gives the textbook result and stays finite where exp of the raw values overflows.
+    The first scaling of the columns happens in logarithms; it leaves a largest entry in every column, and then in
+    every row, that cannot vanish. So the kernel, multiplied by two vectors from there on, gives the textbook result
+    also where exp(logits / temperature) overflows.
 
     Args:
         logits_NK: teacher logits of N rows (on each rank) and K prototypes.
@@ -23,17 +24,18 @@ def sinkhorn(logits_NK: Tensor, temperature: float, iterations: int = 3) -> Tens
         (N, K) in fp32, each row summing to one.
     """
     scaled = logits_NK.float() / temperature
-    tops = scaled.amax(1, keepdim=True)
-    kernel = torch.exp(scaled - tops)
-    rows = all_reduce_sum(torch.tensor(float(len(scaled)), device=scaled.device))
-    tiny = torch.finfo(torch.float32).tiny
-    # The textbook form starts from the kernel as it is: row n weighs exp(top_n), up to a common factor.
-    row_scale = torch.exp(tops - all_reduce_max(tops.max())).squeeze(1)
-    for _ in range(iterations):
-        mass = all_reduce_sum(kernel.T @ row_scale)
-        column_scale = 1 / (mass.clamp_min(tiny) * kernel.shape[1])
-        row_scale = 1 / ((kernel @ column_scale).clamp_min(tiny) * rows)
-    return kernel.mul_(column_scale).mul_((row_scale * rows).unsqueeze(1))
+    scaled -= all_reduce_max(scaled.amax(0))
+    scaled -= all_reduce_sum(scaled.exp().sum(0)).log()
+    kernel = scaled.sub_(scaled.amax(1, keepdim=True)).exp_()
+    # Constant factors cancel, since the rows come last and sum to one; mass.mean() keeps them from piling up.
+    column_scale = kernel.new_ones(kernel.shape[1])
+    row_scale = 1 / kernel.sum(1)
+    with torch.autocast(kernel.device.type, enabled=False):
+        for _ in range(iterations - 1):
+            mass = all_reduce_sum(kernel.T @ row_scale)
+            column_scale = mass.mean() / mass
+            row_scale = 1 / (kernel @ column_scale)
+    return kernel.mul_(column_scale).mul_(row_scale.unsqueeze(1))
 
 
 @torch.no_grad()

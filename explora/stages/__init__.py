@@ -1,0 +1,1 @@
+"""The verbs: here alone neighbouring rooms meet; each stage composes them and hands over files."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from explora import config as configs
 from explora.config import Overrides
 from explora.data import ShardSet
-from explora.errors import ExploraError
-from explora.models import ModelConfig, ViT, load_model
+from explora.models import ModelConfig, ViT
 from explora.objectives import Objective
 from explora.stages import finetune, pretrain
 from explora.stages.pipeline import RunConfig
-from explora.stages.training import TrainingSection, families, fit_views, parameter_counts
+from explora.stages.training import TrainingSection, blueprint, families, fit_views, parameter_counts, rehearse
 
 
 def check(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> str:
@@ -52,15 +52,14 @@ def check(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
 
 def _stage(stage: str, section: Any, model: ModelConfig, shards: str) -> Iterator[str]:
     """The facts of one training stage, from a model without memory behind its weights."""
-    with torch.device("meta"):
-        vit, _ = load_model(model.model_copy(update={"weights": None}))
-        fit_views(section.views, vit)
-        flops = flops_per_image(vit)
-        objective: Objective
-        if isinstance(section, pretrain.PretrainSection):
-            objective = pretrain.build(section, vit)
-        else:
-            objective = finetune.build(section, vit, _classes(shards))
+    # A config can be checked before its weights have arrived, if it names the architecture itself.
+    absent = model.name and model.weights not in (None, "timm") and not Path(str(model.weights)).exists()
+    vit = blueprint(model.model_copy(update={"weights": None}) if absent else model)
+    flops = flops_per_image(vit)
+    if isinstance(section, pretrain.PretrainSection):
+        objective = rehearse(section, vit, partial(pretrain.build, section))
+    else:
+        objective = rehearse(section, vit, partial(finetune.build, section, classes=_classes(shards)))
     counts = parameter_counts(objective)
     peak = section.optim.peak(section.optim.lr, section.batch_size)
     yield f"{stage}"
@@ -77,8 +76,8 @@ def _stage(stage: str, section: Any, model: ModelConfig, shards: str) -> Iterato
     )
     yield f"  trained               {', '.join(families(vit))}"
     yield f"  head parameters       {counts['head_parameters']:,}"
-    yield f"  FLOPs per image       {flops / 1e9:.2f} G (backbone forward, multiply-add = 2)"
-    yield f"  estimated memory      {memory(objective, section) / 2**30:.2f} GiB (weights, optimizer, activations)"
+    yield f"  FLOPs per image       {flops / 1e9:.3g} G (backbone forward, multiply-add = 2)"
+    yield f"  estimated memory      {memory(objective, section, vit) / 2**30:.2f} GiB (weights, optimizer, activations)"
     yield ""
 
 
@@ -90,12 +89,12 @@ def flops_per_image(vit: ViT) -> int:
     return counter.get_total_flops()
 
 
-def memory(objective: Objective, section: TrainingSection) -> float:
+def memory(objective: Objective, section: TrainingSection, vit: ViT) -> float:
     """A rough estimate in bytes: fp32 weights, two moments, gradient and teacher of what trains, activations."""
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in objective.frozen().values())
-    vit = objective.backbone
-    tokens = sum((side // vit.patch_size) ** 2 + vit.prefix_tokens for side in section.views.sides())
+    sides = fit_views(section.views, vit).sides()
+    tokens = sum((side // vit.patch_size) ** 2 + vit.prefix_tokens for side in sides)
     images = section.batch_size / section.micro_batches
     # Per token and block about 19 values of the width stay for the backward pass, half of them in bf16.
     activations = images * tokens * vit.depth * vit.width * 19 * 3
@@ -111,11 +110,7 @@ def _classes(shards: str) -> int:
 
 
 def _problems(model: ModelConfig, paths: Mapping[str, str]) -> Iterator[str]:
-    """What stands in the way of a run, found without training."""
-    problems = [f"{role}: {path} does not exist" for role, path in paths.items() if not Path(path).exists()]
-    try:
-        if model.weights != "timm":
-            load_model(model)
-    except ExploraError as error:
-        problems.append(f"model: {error}")
+    """Files that stand in the way of a run because they are not there yet."""
+    needed = {**paths, "model.weights": model.weights if model.weights != "timm" else None}
+    problems = [f"{role}: {path} does not exist" for role, path in needed.items() if path and not Path(path).exists()]
     yield "ready to run" if not problems else "\n  ".join(["before it can run:", *problems])

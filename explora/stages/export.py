@@ -34,5 +34,8 @@ def export(run: str | Path, out: str | Path, format: Format = "timm") -> Path:
     if out.exists() or out.suffix != ".safetensors":
         raise RunError(f"{out}: give the name of a new file that ends in .safetensors")
     tensors, metadata = read_tensors(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out.parent}: cannot create this folder: {error.strerror}") from None
     return save_tensors(out, tensors, metadata)

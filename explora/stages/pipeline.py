@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from explora import config as configs
 from explora.config import Config, Overrides
 from explora.data import ShardSet
+from explora.errors import DataError
 from explora.models import ModelConfig
 from explora.reporting import table, write_report
 from explora.runs import Run
 from explora.stages.finetune import FinetuneSection, finetune
-from explora.stages.pack import pack
+from explora.stages.finetune import build as build_finetune
+from explora.stages.pack import pack, recipe_of
 from explora.stages.pretrain import PretrainSection, pretrain
-from explora.stages.probe import ProbeSection, probe
-from explora.stages.training import logger
+from explora.stages.pretrain import build as build_pretrain
+from explora.stages.probe import ProbeSection, check_source, probe
+from explora.stages.training import blueprint, logger, rehearse
 
 
 class DataConfig(Config):
@@ -34,6 +38,16 @@ class DataConfig(Config):
     """Source-domain images that only judge."""
     recipe: str = "folder"
     """How the folders are laid out."""
+
+    @model_validator(mode="after")
+    def _whole_source(self) -> DataConfig:
+        check_source(self.source_train, self.source_test)
+        return self
+
+    def folders(self) -> dict[str, str]:
+        """What is given, by role."""
+        given = {role: getattr(self, role) for role in ("train", "test", "source_train", "source_test")}
+        return {role: folder for role, folder in given.items() if folder is not None}
 
 
 class RunConfig(Config):
@@ -62,44 +76,10 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> 
     config = configs.load(RunConfig, source, overrides)
     out = Path(config.out)
     with Run.open(out, config) as chain:
+        _rehearse(config, out / "shards")
         shards = _shards(out / "shards", config.data)
-        place = {"seed": config.seed}
-        adapted = pretrain(
-            {
-                **config.pretrain.model_dump(mode="json", exclude_unset=True),
-                **place,
-                "out": str(out / "pretrain"),
-                "shards": shards["train"],
-                "model": config.model.model_dump(mode="json"),
-            }
-        )
-        models: dict[str, Any] = {
-            "baseline": config.model.model_dump(mode="json"),
-            "adapted": {"weights": str(adapted.backbone)},
-        }
-        if config.finetune is not None:
-            tuned = finetune(
-                {
-                    **config.finetune.model_dump(mode="json", exclude_unset=True),
-                    **place,
-                    "out": str(out / "finetune"),
-                    "train": shards["train"],
-                    "model": {"weights": str(adapted.backbone)},
-                }
-            )
-            models["finetuned"] = {
-                "weights": str(tuned.backbone),
-                "head": str(tuned.folder / "head.safetensors"),
-            }
-        probe(
-            {
-                **config.probe.model_dump(mode="json", exclude_unset=True),
-                **place,
-                "out": str(out / "probe"),
-                "models": models,
-                **shards,
-            }
-        )
+        models = _train(config, shards["train"])
+        probe({**_given(config, "probe"), "models": models, **shards})
         chain.finish({"stage": "run"})
         return report(out)
 
@@ -115,20 +95,52 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
+def _rehearse(config: RunConfig, shards: Path) -> None:
+    """Meet now the mistakes that the last stage would meet after hours."""
+    counts = {}
+    for role, origin in config.data.folders().items():
+        if (shards / role).exists():
+            origin = str(shards / role)
+        classes = ShardSet.open(origin).classes if _packed(origin) else recipe_of(config.data.recipe)(origin)[0]
+        if classes is None:
+            raise DataError(f"data.{role}: {origin} has no labels; the probe needs one folder per class")
+        counts[role] = len(classes)
+    rehearse(config.pretrain, blueprint(config.model), partial(build_pretrain, config.pretrain))
+    if config.finetune is not None:
+        build = partial(build_finetune, config.finetune, classes=counts["train"])
+        rehearse(config.finetune, blueprint(config.model), build)
+
+
+def _given(config: RunConfig, stage: str) -> dict[str, Any]:
+    """What the user wrote for a stage, with its seed and its folder."""
+    section = getattr(config, stage).model_dump(mode="json", exclude_unset=True)
+    return {**section, "seed": config.seed, "out": str(Path(config.out) / stage)}
+
+
+def _train(config: RunConfig, shards: str) -> dict[str, Any]:
+    """Pretrain and fine-tune; returns the models that the probe compares."""
+    model = config.model.model_dump(mode="json")
+    adapted = pretrain({**_given(config, "pretrain"), "shards": shards, "model": model})
+    models = {"baseline": model, "adapted": {"weights": str(adapted.backbone)}}
+    if config.finetune is not None:
+        tuned = finetune({**_given(config, "finetune"), "train": shards, "model": models["adapted"]})
+        models["finetuned"] = {"weights": str(tuned.backbone), "head": str(tuned.folder / "head.safetensors")}
+    return models
+
+
 def _shards(folder: Path, data: DataConfig) -> dict[str, str]:
     """Shard folders by role; raw folders are packed, packed ones linked, so that the run holds them all."""
-    found = {}
-    for role in ("train", "test", "source_train", "source_test"):
-        origin = getattr(data, role)
-        if origin is None:
+    for role, origin in data.folders().items():
+        if (folder / role).exists():
             continue
-        place = folder / role
-        if not place.exists():
-            if (Path(origin) / "manifest.json").is_file():
-                ShardSet.open(origin)
-                folder.mkdir(parents=True, exist_ok=True)
-                place.symlink_to(Path(origin).resolve())
-            else:
-                pack(origin, place, recipe=data.recipe)
-        found[role] = str(place)
-    return found
+        if _packed(origin):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / role).unlink(missing_ok=True)  # a link whose target has moved
+            (folder / role).symlink_to(Path(origin).resolve())
+        else:
+            pack(origin, folder / role, recipe=data.recipe)
+    return {role: str(folder / role) for role in data.folders()}
+
+
+def _packed(origin: str) -> bool:
+    return (Path(origin) / "manifest.json").is_file()

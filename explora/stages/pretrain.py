@@ -10,6 +10,7 @@ from explora import config as configs
 from explora.adapt import AnyMethod, ExPLoRA, adapt
 from explora.config import Overrides
 from explora.data import MultiCrop, ShardSet
+from explora.errors import ConfigError
 from explora.models import ViT, load_model
 from explora.objectives import DINOv2, DINOv2Config
 from explora.runs import Run
@@ -52,6 +53,11 @@ def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None
 
 
 def build(section: PretrainSection, vit: ViT) -> DINOv2:
-    """Adapt the backbone and put the objective around it."""
-    adapt(vit, section.adapt)
+    """Adapt the backbone and put the objective around it.
+
+    Raises:
+        ConfigError: the method leaves the whole backbone as it is.
+    """
+    if not adapt(vit, section.adapt):
+        raise ConfigError(f"adapt: '{section.adapt.name}' trains nothing of the backbone; choose explora, lora or full")
     return DINOv2(section.objective, vit, section.batch_size)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from tqdm import tqdm
 
@@ -88,11 +88,24 @@ class ProbePlace(Config):
     test: str
     """Labelled target shards to judge on."""
     source_train: str | None = None
+    """Labelled source shards: with these two the table says what was forgotten."""
     source_test: str | None = None
+
+    @model_validator(mode="after")
+    def _whole_source(self) -> ProbePlace:
+        check_source(self.source_train, self.source_test)
+        return self
 
 
 class ProbeConfig(ProbePlace, ProbeSection):
     """Config of `explora probe`."""
+
+
+def check_source(train: str | None, test: str | None) -> None:
+    """Refuse half a source domain; pydantic and `explora.config` make the ValueError a ConfigError."""
+    if (train is None) != (test is None):
+        given, missing = ("source_train", "source_test") if test is None else ("source_test", "source_train")
+        raise ValueError(f"{given} is given, but not {missing}; the source domain needs both, or neither")
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from explora import config as configs
 from explora.adapt import AnyMethod, Method
 from explora.config import Config
 from explora.data import AnyViews, ShardSet, Stream, Views
-from explora.engine import LoopConfig, OptimConfig, Optimizer, Training
+from explora.engine import LoopConfig, OptimConfig, Optimizer, Training, parameter_groups
 from explora.errors import ConfigError
-from explora.models import ModelConfig, ViT
+from explora.models import ModelConfig, ViT, load_model
 from explora.models.export import save_adapter, save_backbone
 from explora.objectives import Objective
 from explora.runs import Run
@@ -45,6 +46,19 @@ class TrainingSection(Config):
     """What is made of an image; sizes, mean and std that are left out follow the backbone."""
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
+
+    @field_validator("steps")
+    @classmethod
+    def _absolute(cls, steps: Length) -> Length:
+        if steps.unit == "%":
+            raise ValueError("the length of the run itself cannot be a percentage; use steps, epochs or samples")
+        return steps
+
+    @model_validator(mode="after")
+    def _equal_parts(self) -> TrainingSection:
+        if self.batch_size % self.micro_batches:
+            raise ValueError(f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} micro_batches")
+        return self
 
 
 class TrainingPlace(Config):
@@ -87,6 +101,31 @@ def fit_views(views: V, vit: ViT) -> V:
         if name in type(views).model_fields and name not in views.model_fields_set
     }
     return configs.validate(type(views), {**views.model_dump(exclude_unset=True), **open_fields}, "views")
+
+
+def blueprint(model: ModelConfig) -> ViT:
+    """The backbone on tensors without memory; a weights file is read and must fit, timm's are not fetched.
+
+    Raises:
+        WeightsError: as `load_model`.
+    """
+    if model.weights in (None, "timm"):
+        with torch.device("meta"):
+            return load_model(model.model_copy(update={"weights": None}))[0]
+    return load_model(model)[0].to("meta")
+
+
+def rehearse(section: TrainingSection, vit: ViT, build: Callable[[ViT], Objective]) -> Objective:
+    """Go through a stage's beginning with a `blueprint`, to meet its mistakes before there is any work to lose.
+
+    Raises:
+        ConfigError: views, method, objective or optimizer rules do not fit the backbone.
+    """
+    with torch.device("meta"):
+        fit_views(section.views, vit)
+        objective = build(vit)
+    parameter_groups(section.optim, objective, section.batch_size)
+    return objective
 
 
 def train(
@@ -137,10 +176,8 @@ def progress_of(config: TrainingSection, shards: ShardSet) -> Progress:
     """The run's length in steps for this set.
 
     Raises:
-        ConfigError: a percentage, or no step at all.
+        ConfigError: no step at all.
     """
-    if config.steps.unit == "%":
-        raise ConfigError("steps: the length of the run itself cannot be a percentage; use steps, epochs or samples")
     steps = config.steps.steps(batch=config.batch_size, samples=len(shards))
     if steps < 1:
         raise ConfigError(f"steps: {config.steps} is less than one step")

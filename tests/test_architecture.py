@@ -1,0 +1,169 @@
+"""The walls of docs/architecture.md: floors, doors, sizes, names, and that nothing is left out of its union."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from explora.adapt import AnyMethod, Method
+from explora.config import Config
+from explora.data import AnyViews, Views
+from explora.evaluation import AnyEvaluator, Evaluator
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = [name for name in ("explora", "launch", "data_shards") if (ROOT / name).is_dir()]
+FILES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+
+FLOORS = {
+    **dict.fromkeys(["launch", "data_shards"], 9),
+    "explora.cli": 8,
+    "explora.stages": 7,
+    "explora.engine": 6,
+    **dict.fromkeys(["explora.objectives", "explora.evaluation"], 5),
+    **dict.fromkeys(["explora.adapt", "explora.data", "explora.distributed", "explora.reporting"], 4),
+    "explora.models": 3,
+    **dict.fromkeys(["explora.runs", "explora.config", "explora.schedules"], 2),
+    "explora.errors": 1,
+}
+NEIGHBOURS = {("explora.runs", "explora.config")}
+"""The one exception: a run records its config."""
+DOORS = {
+    "timm": "explora.models",
+    "torchvision": "explora.models",
+    "xformers": "explora.models",
+    "webdataset": "explora.data",
+    "simplejpeg": "explora.data",
+    "PIL": "explora.data",
+    "jinja2": "explora.reporting",
+    "matplotlib": "explora.reporting",
+    "tensorboard": "explora.runs",
+    "yaml": "explora.config",
+    "typer": "explora.cli",
+}
+BESIDE_A_CONFIG = {"Field", "PositiveFloat", "PositiveInt", "field_validator", "model_validator"}
+"""What configs may take from pydantic; the rest is behind `explora.config`."""
+PYDANTIC = {"explora.config", "explora.schedules"}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """`explora.data.views` is in `explora.data`; the top package itself is the surface."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "explora" else parts[0]
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Every (module, name) that a file imports anywhere, the name empty for `import module`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the room"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def targets(path: Path) -> Iterator[str]:
+    """The rooms of this project that a file imports: `from explora import config` names one too."""
+    for module, name in imports(path):
+        if module == "explora" and f"explora.{name}" in FLOORS:
+            yield f"explora.{name}"
+        elif module.partition(".")[0] in PACKAGES:
+            yield room_of(module)
+
+
+def test_imports_go_down() -> None:
+    upward = []
+    for path in FILES:
+        room = room_of(module_of(path))
+        if room == "explora":
+            continue  # the surface names everything, on first use
+        assert room in FLOORS, f"{room} has no floor; add it to docs/architecture.md and here"
+        for target in targets(path):
+            surface = room == "explora.cli" and target == "explora"  # each verb is the function of that name
+            lower = FLOORS.get(target, 99) < FLOORS[room]
+            if not (lower or surface or target == room or (room, target) in NEIGHBOURS):
+                upward.append(f"{path}: {room} imports {target}")
+    assert upward == []
+
+
+def test_doors() -> None:
+    strangers = []
+    for path in FILES:
+        module = module_of(path)
+        for imported, name in imports(path):
+            package = imported.partition(".")[0]
+            if room_of(module) != DOORS.get(package, room_of(module)):
+                strangers.append(f"{path} imports {imported}")
+            if package == "pydantic" and module not in PYDANTIC and name not in BESIDE_A_CONFIG:
+                strangers.append(f"{path} imports {name or 'all of'} pydantic")
+    assert strangers == []
+
+
+def test_sizes() -> None:
+    large = [f"{path}: {n} lines" for path in FILES if (n := len(path.read_text().splitlines())) > 350]
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                large += [f"{path}: {node.name} has {length} lines"] if length > 50 else []
+    assert large == []
+
+
+def test_names_and_first_lines() -> None:
+    vague = {"utils", "util", "common", "helpers", "helper", "misc"}
+    assert [path for path in FILES if vague & set(path.relative_to(ROOT).with_suffix("").parts)] == []
+    assert [path for path in FILES if not ast.get_docstring(ast.parse(path.read_text()))] == []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.ClassDef) and node.name.endswith("Manager")), path
+            assert not (isinstance(node, ast.Name) and node.id == "hasattr"), path
+
+
+def subclasses(kind: type, room: str) -> set[type]:
+    """All concrete subclasses that any file of a room defines."""
+    package = importlib.import_module(room)
+    for found in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{room}.{found.name}")
+    known: set[type] = set()
+    left: list[Any] = [kind]
+    while left:
+        children = [child for child in left.pop().__subclasses__() if child.__module__.startswith(room)]
+        known |= {child for child in children if "name" in child.model_fields}
+        left += children
+    return known
+
+
+@pytest.mark.parametrize(
+    ("kind", "union", "room"),
+    [
+        (Method, AnyMethod, "explora.adapt"),
+        (Views, AnyViews, "explora.data"),
+        (Evaluator, AnyEvaluator, "explora.evaluation"),
+    ],
+)
+def test_whatever_a_room_defines_can_be_named_in_a_config(kind: type[Config], union: Any, room: str) -> None:
+    members = set(get_args(get_args(union)[0]))
+    assert subclasses(kind, room) == members
+    for member in members:
+        (tag,) = get_args(member.model_fields["name"].annotation)
+        assert member.model_fields["name"].default == tag
+
+
+def test_configs_say_what_they_are() -> None:
+    for path in FILES:
+        importlib.import_module(module_of(path))
+    left = [Config]
+    while left:
+        children = [child for child in left.pop().__subclasses__() if child.__module__.partition(".")[0] in PACKAGES]
+        assert [child for child in children if not child.__doc__] == []
+        left += children

@@ -1,0 +1,154 @@
+"""DINOv2's losses against textbook forms, and over two ranks against one."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from explora.objectives import losses
+
+CLOSE = {"atol": 1e-6, "rtol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def textbook(logits_NK: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Sinkhorn-Knopp as Caron et al. 2020 print it, in fp64."""
+    q = torch.exp(logits_NK.double() / temperature).T
+    prototypes, rows = q.shape
+    q = q / q.sum()
+    for _ in range(iterations):
+        q = q / q.sum(1, keepdim=True) / prototypes
+        q = q / q.sum(0, keepdim=True) / rows
+    return (q * rows).T
+
+
+def in_logarithms(logits_NK: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """The same where exp overflows."""
+    s, u = logits_NK.double() / temperature, torch.zeros(len(logits_NK), 1, dtype=torch.float64)
+    for _ in range(iterations):
+        v = -torch.logsumexp(s + u, 0, keepdim=True)
+        u = -torch.logsumexp(s + v, 1, keepdim=True)
+    return (s + u + v).exp()
+
+
+# Sinkhorn
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (6, 300), (200, 16), (1, 8)])
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("temperature", [0.04, 0.07])
+def test_sinkhorn_is_the_textbook_form(shape, iterations, temperature):
+    logits = torch.rand(shape) * 2 - 1  # cosines
+    expected = textbook(logits, temperature, iterations)
+    targets = losses.sinkhorn(logits, temperature, iterations)
+    assert targets.dtype == torch.float32
+    assert_close(targets.double(), expected, atol=1e-6, rtol=0)
+    assert_close(in_logarithms(logits, temperature, iterations), expected)
+    assert_close(losses.sinkhorn(logits.bfloat16(), temperature).sum(1), torch.ones(shape[0]))
+
+
+@pytest.mark.parametrize("scale", [1, 4, 10, 100, 1000])
+def test_sinkhorn_stays_exact_where_the_exponential_overflows(scale):
+    logits = (torch.rand(64, 256) * 2 - 1) * scale
+    before = logits.clone()
+    if scale >= 10:
+        overflown = torch.exp(logits / 0.04)
+        assert not torch.isfinite(overflown / overflown.sum()).all()
+    targets = losses.sinkhorn(logits, 0.04)
+    assert torch.isfinite(targets).all()
+    assert_close(targets.sum(1), torch.ones(64), atol=1e-5, rtol=0)
+    # An fp32 logit of 1000 at temperature 0.04 is known to 1e-3 of its probability.
+    assert_close(targets.double(), in_logarithms(logits, 0.04), atol=1e-6 + 2e-6 * scale, rtol=0)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("loss", [lambda x: losses.sinkhorn(x, 0.04), losses.batch_center, losses.koleo])
+def test_autocast_lowers_no_precision(loss):
+    logits = torch.randn(32, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = loss(logits)
+    assert_close(lowered, loss(logits), atol=0, rtol=0)
+
+
+def test_sinkhorn_uses_all_prototypes_alike():
+    targets = losses.sinkhorn(torch.rand(512, 16) + torch.linspace(0, 1, 16), 0.07, iterations=30)
+    assert_close(targets.mean(0), torch.full((16,), 1 / 16), rtol=1e-3, atol=0)
+
+
+def _on_a_rank(rank: int, store: str, logits: Tensor, results: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mine = logits.tensor_split([20])[rank]
+    torch.save([losses.sinkhorn(mine, 0.04), losses.batch_center(mine)], f"{results}/{rank}.pth")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_see_one_batch(tmp_path: Path):
+    logits = torch.randn(64, 48)  # 20 rows on one rank, 44 on the other
+    torch.multiprocessing.spawn(_on_a_rank, (str(tmp_path / "store"), logits, str(tmp_path)), nprocs=2)
+    parts, centers = zip(*(torch.load(tmp_path / f"{rank}.pth") for rank in range(2)), strict=True)
+    assert_close(torch.cat(parts), losses.sinkhorn(logits, 0.04), atol=1e-6, rtol=0)
+    assert_close(centers[0], logits.mean(0))
+    assert torch.equal(centers[0], centers[1])
+
+
+# The others
+
+
+def test_centred_softmax():
+    logits, center = torch.randn(5, 7), torch.randn(7)
+    exps = torch.exp((logits.double() - center.double()) / 0.05)
+    assert_close(losses.centred_softmax(logits, center, 0.05).double(), exps / exps.sum(1, keepdim=True), **CLOSE)
+    assert_close(losses.batch_center(logits), logits.mean(0))
+
+
+def test_cross_entropy_is_torchs():
+    logits, targets = torch.randn(5, 7), torch.rand(5, 7).softmax(1)
+    ours = losses.cross_entropy(targets, losses.student_log_probabilities(logits, 0.1)).mean()
+    assert_close(ours, F.cross_entropy(logits / 0.1, targets), **CLOSE)
+    assert_close(losses.entropy(targets), F.cross_entropy(targets.log(), targets), **CLOSE)
+    assert_close(losses.entropy(torch.eye(4)), torch.tensor(0.0), **CLOSE)
+    assert_close(losses.entropy(torch.full((3, 8), 1 / 8)), torch.tensor(math.log(8)), **CLOSE)
+
+
+def naive_koleo(features: Tensor) -> Tensor:
+    unit = [row / row.norm() for row in features]
+    total = features.new_zeros(())
+    for i, row in enumerate(unit):
+        total = total - torch.log(min((row - other).norm() for j, other in enumerate(unit) if j != i))
+    return total / len(unit)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 9])
+def test_koleo_and_its_gradient_are_the_naive_ones(rows):
+    features = torch.randn(rows, 5, requires_grad=True)
+    double = features.detach().double().requires_grad_()
+    ours, naive = losses.koleo(features), naive_koleo(double)
+    assert_close(ours.double(), naive, **CLOSE)
+    assert_close(*(torch.autograd.grad(a, b)[0].double() for a, b in ((ours, features), (naive, double))), **CLOSE)
+
+
+def test_koleo_without_a_neighbour_is_nothing():
+    features = torch.randn(1, 5, requires_grad=True)
+    value = losses.koleo(features)
+    value.backward()
+    assert value == 0
+    assert not features.grad.any()
+
+
+def test_koleo_of_equal_rows_is_finite():
+    features = torch.ones(4, 5, requires_grad=True)
+    value = losses.koleo(features)
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(features.grad).all()

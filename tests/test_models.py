@@ -1,0 +1,283 @@
+"""Backbones against timm's own forward pass, attention against SDPA, and weights that must not load."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import assert_close
+
+from explora.errors import WeightsError
+from explora.models import ModelConfig, ViT, build, fill, fingerprint, load_model
+from explora.models.attention import Group, attend
+from explora.models.vit import timm
+
+DEIT = Path(os.environ.get("EXPLORA_SHARED", "../shared")) / "data/weights/deit_tiny_patch16_224.in1k.safetensors"
+NAME = "vit_tiny_patch16_224"
+TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+def tiny(image_size: int = 32, name: str = NAME, **options) -> ViT:
+    """A small model whose every parameter is far from its initial value."""
+    torch.manual_seed(0)
+    vit = build(name, image_size, {**TINY, **options})
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return vit.eval()
+
+
+def twin(vit: ViT, name: str = NAME, **options) -> nn.Module:
+    """timm's own model with the same weights."""
+    plain = {"num_classes": 0, "global_pool": "", "fc_norm": False, "dynamic_img_size": True}
+    model = timm.create_model(name, img_size=vit.image_size, **{**plain, **TINY, **options})
+    model.load_state_dict({key: value for key, value in vit.state_dict().items() if key != "mask_token"})
+    return model.eval()
+
+
+def tokens_of(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """timm's class token (or mean patch) and patch tokens."""
+    out = model.forward_features(images)
+    patches = out[:, model.num_prefix_tokens :]
+    return (out[:, 0] if model.has_class_token else patches.mean(1)), patches
+
+
+ARCHITECTURES = {
+    "plain": (NAME, {}),
+    "layer scale": (NAME, {"init_values": 0.5}),
+    "no class token": (NAME, {"class_token": False}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {}),
+    "registers with positions": (NAME, {"reg_tokens": 2}),
+    "normed queries": (NAME, {"qk_norm": True, "scale_attn_norm": True}),
+    "norm before": ("vit_base_patch16_clip_224", {}),
+    "mean pool": (NAME, {"global_pool": "avg"}),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def pair(request) -> tuple[ViT, nn.Module]:
+    name, options = request.param
+    vit = tiny(name=name, **options)
+    return vit, twin(vit, name, **options)
+
+
+# The forward pass
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 16), (48, 48), (24, 40)])
+@torch.no_grad()
+def test_forward_equals_timm_at_every_size(pair, size):
+    vit, model = pair
+    images = torch.randn(2, 3, *size)
+    tokens = vit([images])[0]
+    cls, patches = tokens_of(model, images)
+    assert_close(tokens.cls_BD, cls, atol=2e-5, rtol=1e-5)
+    assert_close(tokens.patches_BND, patches, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_sizes_equal_separate_passes(pair):
+    vit, _ = pair
+    groups = [torch.randn(3, 3, 32, 32), torch.randn(5, 3, 16, 16), torch.randn(1, 3, 24, 40)]
+    for packed, images in zip(vit(groups), groups, strict=True):
+        alone = vit([images])[0]
+        assert_close(packed.cls_BD, alone.cls_BD, atol=2e-6, rtol=1e-5)
+        assert_close(packed.patches_BND, alone.patches_BND, atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_mask_replaces_exactly_the_masked_embeddings():
+    vit, images, mask = tiny(), torch.randn(2, 3, 32, 32), torch.rand(2, 16) < 0.4
+    embedded = []
+    for image, hidden in zip(images, mask, strict=True):
+        rows = vit.patch_embed.proj(image[None]).flatten(2).transpose(1, 2)[0]
+        rows = torch.stack([vit.mask_token[0] if hide else row for hide, row in zip(hidden, rows, strict=True)])
+        embedded.append(torch.cat([vit.cls_token[0], rows]) + vit.pos_embed[0])
+    model = twin(vit)
+    expected = model.norm(model.blocks(torch.stack(embedded)))
+    tokens = vit([images], [mask])[0]
+    assert_close(torch.cat([tokens.cls_BD[:, None], tokens.patches_BND], 1), expected, atol=2e-5, rtol=1e-5)
+    changed = images.clone()
+    patches = changed.unfold(2, 8, 8).unfold(3, 8, 8)  # a view
+    patches += mask.view(2, 1, 4, 4, 1, 1) * 7.0
+    assert not torch.equal(changed, images)
+    assert_close(vit([changed], [mask])[0].patches_BND, tokens.patches_BND)
+
+
+@torch.no_grad()
+def test_features_are_those_of_timms_last_blocks():
+    vit, images = tiny(), torch.randn(2, 3, 32, 32)
+    model = twin(vit)
+    cls, grids = [], []
+    for grid, token in model.get_intermediate_layers(images, n=2, return_prefix_tokens=True, norm=True):
+        cls.append(token[:, 0])
+        grids.append(grid)
+    features = vit.features(images, blocks=2)
+    assert_close(features.cls, torch.stack(cls, 1), atol=2e-5, rtol=1e-5)
+    assert_close(features.patches, grids[-1], atol=2e-5, rtol=1e-5)
+    assert_close(features.mean, grids[-1].mean(1), atol=2e-5, rtol=1e-5)
+
+
+def test_attention_in_bf16_and_in_groups_is_close_to_sdpa():
+    groups = [Group(2, 7), Group(3, 4)]
+    qkv = torch.randn(26, 3, 2, 16)
+    out = attend(qkv, groups)
+    expected = []
+    for rows in [*qkv[:14].chunk(2), *qkv[14:].chunk(3)]:
+        q, k, v = rows.permute(1, 2, 0, 3)
+        expected.append(scaled_dot_product_attention(q, k, v).transpose(0, 1))
+    assert_close(out, torch.cat(expected), atol=1e-6, rtol=1e-5)
+    low = attend(qkv.bfloat16(), groups)
+    assert low.dtype == torch.bfloat16
+    assert_close(low.float(), out, atol=3e-2, rtol=3e-2)
+
+
+# Drop path
+
+
+def test_drop_path_keeps_the_mean_and_skips_whole_images():
+    vit = tiny()
+    vit.drop_path = 0.5
+    x, groups = vit._pack([torch.randn(4, 3, 16, 16), torch.randn(6, 3, 24, 24)], None)
+    full = vit._residual(lambda rows, _: torch.ones_like(rows), x, groups) - x
+    assert_close(full, torch.ones_like(x))  # eval mode drops nothing
+    vit.train()
+    drops = [vit._residual(lambda rows, _: torch.ones_like(rows), x, groups) - x for _ in range(400)]
+    for drop in drops[:5]:
+        for of_images in vit._unpack(drop, groups):
+            kept = of_images[:, 0, 0]
+            assert_close(of_images, kept.view(-1, 1, 1).expand_as(of_images), atol=1e-5, rtol=0)
+            half_of_them = torch.tensor([0.0, 2.0]).repeat_interleave(len(kept) // 2)
+            assert_close(kept.sort().values, half_of_them, atol=1e-5, rtol=0)
+    assert_close(torch.stack(drops).mean(0), torch.ones_like(x), atol=0.25, rtol=0)
+
+
+@torch.no_grad()
+def test_drop_path_only_while_training():
+    vit, images = tiny(), [torch.randn(4, 3, 32, 32), torch.randn(6, 3, 16, 16)]
+    without = vit(images)
+    vit.drop_path = 0.5
+    assert_close(vit(images)[1].cls_BD, without[1].cls_BD)
+    dropped = vit.train()(images)
+    assert [part.patches_BND.shape for part in dropped] == [part.patches_BND.shape for part in without]
+    assert not torch.allclose(dropped[0].cls_BD, without[0].cls_BD)
+
+
+# Which architectures
+
+
+@pytest.mark.parametrize("size", [30, 6])
+def test_an_image_size_that_cuts_patches_is_refused_with_sizes_that_do_not(size):
+    with pytest.raises(WeightsError, match="use 24 or 32" if size == 30 else "use 8$"):
+        tiny(size)
+
+
+def test_an_unknown_name_is_refused_with_a_near_one():
+    with pytest.raises(WeightsError, match="vit_tiny_patch16_224"):
+        build("vit_tny_patch16_224", 32)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "swin_tiny_patch4_window7_224",
+        "resnet18",
+        "eva02_tiny_patch14_224",
+        "deit_tiny_distilled_patch16_224",
+        "vit_tiny_r_s16_p8_224",
+        "vit_small_patch16_18x2_224",
+        "vit_relpos_small_patch16_224",
+    ],
+)
+def test_what_is_no_plain_vit_is_refused(name):
+    with torch.device("meta"), pytest.raises(WeightsError, match="plain"):
+        build(name, 224)
+
+
+@pytest.mark.parametrize("options", [{"embed_dim": 30, "num_heads": 4}, {"depht": 3}])
+def test_options_that_do_not_fit_are_refused(options):
+    with pytest.raises(WeightsError, match=next(iter(options)).replace("embed_dim", "divisible")):
+        build(NAME, 32, options)
+
+
+# Loading
+
+
+@pytest.fixture
+def weights() -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tiny().state_dict().items()}
+
+
+def test_everything_loads_and_is_accounted_for(weights):
+    vit = build(NAME, 32, TINY)
+    account = fill(vit, {**weights, "head.weight": torch.ones(5, 32), "head.bias": torch.ones(5)}, "file")
+    assert account.loaded == account.total == sum(tensor.numel() for tensor in weights.values())
+    assert account.missing == account.resampled == ()
+    assert account.unused == ("head.weight", "head.bias")
+    assert "100.00 %" in str(account)
+    assert fingerprint(vit.state_dict()) == fingerprint(weights)
+
+
+def test_only_the_mask_token_may_be_missing(weights):
+    del weights["mask_token"]
+    account = fill(build(NAME, 32, TINY), weights, "file")
+    assert account.missing == ("mask_token",)
+    assert account.total - account.loaded == 32
+
+
+def spoil(weights: dict[str, Tensor], name: str, tensor: Tensor | None) -> dict[str, Tensor]:
+    return {**weights, name: tensor} if tensor is not None else {k: v for k, v in weights.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "says"),
+    [
+        ("blocks.1.mlp.fc1.bias", None, "missing: blocks.1.mlp.fc1.bias"),
+        ("blocks.3.norm1.weight", torch.ones(32), "no place for: blocks.3.norm1.weight"),
+        ("headroom", torch.ones(32), "no place for: headroom"),
+        ("norm.bias", torch.ones(31), r"norm.bias: \(31,\) in the file, \(32,\) in the model"),
+        ("pos_embed", torch.ones(1, 19, 32), r"pos_embed \(1, 19, 32\) is not a square grid"),
+        ("pos_embed", torch.ones(1, 17, 16), r"pos_embed \(1, 17, 16\)"),
+        ("pos_embed", torch.ones(17), r"pos_embed \(17,\)"),
+    ],
+)
+def test_a_partial_fit_names_the_tensor_and_changes_nothing(weights, name, tensor, says):
+    vit = build(NAME, 32, TINY)
+    before = fingerprint(vit.state_dict())
+    with pytest.raises(WeightsError, match=says):
+        fill(vit, spoil(weights, name, tensor), "file")
+    assert fingerprint(vit.state_dict()) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"no_embed_class": True, "reg_tokens": 2}, {"class_token": False}])
+def test_positions_are_resampled_as_timm_does_at_load(options):
+    large = tiny(48, **options)
+    model = timm.create_model(NAME, num_classes=0, global_pool="", fc_norm=False, img_size=32, **{**TINY, **options})
+    weights = {name: tensor for name, tensor in large.state_dict().items() if name != "mask_token"}
+    theirs = timm.models.vision_transformer.checkpoint_filter_fn(dict(weights), model)
+    vit = build(NAME, 32, {**TINY, **options})
+    assert fill(vit, weights, "file").resampled == ("pos_embed",)
+    assert vit.pos_embed is not None
+    assert_close(vit.pos_embed.detach(), theirs["pos_embed"])
+
+
+@pytest.mark.skipif(not DEIT.exists(), reason="EXPLORA_SHARED has no DeiT-Ti weights here")
+@torch.no_grad()
+def test_real_deit_loads_whole_and_gives_timms_features():
+    vit, account = load_model(ModelConfig(name="deit_tiny_patch16_224", weights=str(DEIT)))
+    assert account is not None
+    assert account.missing == ("mask_token",)
+    assert account.loaded == account.total - 192 == 5_717_416 - 193_000  # all but mask token and head
+    assert account.unused == ("head.bias", "head.weight")
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=1000)
+    model.load_state_dict(load_file(DEIT))
+    images = torch.randn(2, 3, 224, 224)
+    tokens = vit.eval()([images])[0]
+    cls, patches = tokens_of(model.eval(), images)
+    assert_close(tokens.cls_BD, cls, atol=1e-4, rtol=1e-4)
+    assert_close(tokens.patches_BND, patches, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,303 @@
+"""The stages as users meet them: stopped and killed anywhere they end in the same bits, and check trains nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import FINETUNE, MODEL, PRETRAIN, Answer
+from safetensors import safe_open
+
+import explora
+from explora.engine import Training
+from explora.errors import ConfigError, RunError
+from explora.models import build
+from explora.stages.check import flops_per_image
+
+Make = Callable[..., dict[str, Any]]
+Command = Callable[..., Answer]
+
+# A machine with one core is enough for these tests, however torch warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+RESULTS = ("backbone.safetensors", "adapter.safetensors", "head.safetensors", "results.jsonl", "predictions.npz")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def learnt(folder: Path) -> dict[str, bytes]:
+    """The files that hold what a stage or a chain learnt and found."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.name in RESULTS}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    left, right = learnt(one), learnt(other)
+    assert left.keys() == right.keys() != set()
+    assert [name for name in left if left[name] != right[name]] == []
+    for path in one.rglob("metrics.jsonl"):
+        assert rows(path.parent) == rows(other / path.parent.relative_to(one))
+
+
+def written(config: dict[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+class Stop(Exception):
+    """Something that is no mistake of the user."""
+
+
+def stopped_at(index: int, verb: Callable[..., Any], config: dict[str, Any]) -> None:
+    """Run a stage that fails inside step number `index`."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, index)
+        with pytest.raises(Stop):
+            verb(config)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
+    """Let every training fail inside step number `index`."""
+    train = Training._train
+
+    def stopping(self: Training, step: Any) -> Any:
+        if step.index == index:
+            raise Stop
+        return train(self, step)
+
+    monkeypatch.setattr(Training, "_train", stopping)
+
+
+# Stopping and going on
+
+HARD = {  # what has a state that a resumed run could forget
+    **PRETRAIN["objective"],
+    "centering": "softmax",
+    "head_warmup": "2 steps",
+    "backbone_ramp": "2 steps",
+    "drop_path": 0.3,
+}
+
+
+@pytest.mark.parametrize(("workers", "micro_batches"), [(0, 1), (2, 1), (0, 2)])
+def test_a_stopped_pretraining_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, pretraining: Make, workers: int, micro_batches: int
+) -> None:
+    explora.pretrain(pretraining(tmp_path / "whole", objective=HARD, micro_batches=micro_batches))
+    config = pretraining(tmp_path / "parts", objective=HARD, micro_batches=micro_batches, workers=workers)
+    for index in (1, 3, 5):  # before the first checkpoint, between two, in the last step
+        stopped_at(index, explora.pretrain, config)
+    trained = explora.pretrain(config)
+    assert [row["step"] for row in rows(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert trained.summary["steps"] == 6
+    assert trained.summary["skipped_steps"] == 0
+
+
+def test_a_stopped_finetuning_goes_on_as_if_nothing_had_been(tmp_path: Path, finetuning: Make) -> None:
+    explora.finetune(finetuning(tmp_path / "whole"))
+    for index in (1, 4):
+        stopped_at(index, explora.finetune, finetuning(tmp_path / "parts"))
+    explora.finetune(finetuning(tmp_path / "parts"))
+    assert "head.safetensors" in learnt(tmp_path / "whole")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+LONG = {"steps": 36, "loop": {**PRETRAIN["loop"], "save_every": 5}}
+
+
+def start(verb: str, config: dict[str, Any], place: Path) -> subprocess.Popen[bytes]:
+    path = place / f"{verb}.yaml"
+    path.write_text(written(config))
+    return subprocess.Popen([sys.executable, "-m", "explora.cli", verb, str(path)], stderr=subprocess.PIPE)
+
+
+def kill_after(process: subprocess.Popen[bytes], folder: Path, least: int, rng: random.Random) -> None:
+    """SIGKILL at a random moment once a stage has logged `least` steps, and before it has ended."""
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < least:
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.05))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9, "it ended before it was killed"
+    assert not (folder / "summary.json").exists()
+
+
+def test_a_killed_pretraining_ends_in_the_same_bits(tmp_path: Path, pretraining: Make) -> None:
+    rng = random.Random(0)
+    explora.pretrain(pretraining(tmp_path / "whole", **LONG))
+    config = pretraining(tmp_path / "killed", **LONG, workers=2)
+    with start("pretrain", config, tmp_path) as process:
+        kill_after(process, tmp_path / "killed", rng.randint(3, 12), rng)
+    explora.pretrain(config)
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_killed_chain_ends_in_the_same_bits(tmp_path: Path, chaining: Make) -> None:
+    rng = random.Random(1)
+    stages = {"pretrain": {**PRETRAIN, **LONG}, "finetune": {**FINETUNE, **LONG}}
+    explora.run(chaining(tmp_path / "whole", **stages))
+    config = chaining(tmp_path / "killed", **stages)
+    for stage in ("pretrain", "finetune"):
+        with start("run", config, tmp_path) as process:
+            kill_after(process, tmp_path / "killed" / stage, rng.randint(3, 12), rng)
+    explora.run(config)
+    found = [json.loads(line) for line in (tmp_path / "killed/probe/results.jsonl").read_text().splitlines()]
+    assert {(row["model"], row["data"], row["evaluator"]) for row in found} == {
+        *((model, "target", name) for model in ("baseline", "adapted", "finetuned") for name in ("linear", "knn")),
+        *((model, "source", "knn") for model in ("baseline", "adapted", "finetuned")),
+        ("finetuned", "target", "head"),
+    }
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+    assert (tmp_path / "killed/report.html").is_file()
+
+
+def test_running_twice_trains_once(tmp_path: Path, pretraining: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pretraining(tmp_path / "run")
+    first = explora.pretrain(config)
+    before = learnt(tmp_path / "run"), rows(tmp_path / "run")
+    stop_at(monkeypatch, 0)
+    assert explora.pretrain(config) == first
+    assert before == (learnt(tmp_path / "run"), rows(tmp_path / "run"))
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, pretraining: Make, explora_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "_train", interrupt)
+    (tmp_path / "x.yaml").write_text(written(pretraining(tmp_path / "run")))
+    answer = explora_command("pretrain", tmp_path / "x.yaml")
+    assert answer.code == 130
+    assert answer.err.splitlines()[-1].startswith("interrupted; run the same command again")
+    assert "Traceback" not in answer.err
+
+
+# Python and the command line
+
+
+def test_python_and_the_command_line_leave_the_same(
+    tmp_path: Path, images: dict[str, Path], pretraining: Make, explora_command: Command
+) -> None:
+    explora.pack(images["train"], tmp_path / "one")
+    assert explora_command("pack", images["train"], tmp_path / "two").code == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+    config = pretraining(tmp_path / "python")
+    (tmp_path / "x.yaml").write_text(written(config))
+    explora.pretrain(config, {"optim.lr": 1e-4})
+    answer = explora_command("pretrain", tmp_path / "x.yaml", "optim.lr=1e-4", f"out={tmp_path / 'command'}")
+    assert answer.code == 0, answer.err
+    assert_same(tmp_path / "python", tmp_path / "command")
+    assert contents(tmp_path / "python").keys() == contents(tmp_path / "command").keys()
+    recorded = [(tmp_path / name / "config.yaml").read_text() for name in ("python", "command")]
+    assert recorded[0].replace("/python", "/command") == recorded[1]
+    assert "lr: 0.0001" in recorded[0]
+    for name in ("python", "command"):
+        assert "step 6/6" in (tmp_path / name / "log.txt").read_text()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its path; TensorBoard's carry the time in their name."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {re.sub(r"tfevents\..*", "tfevents", name): path.read_bytes() for name, path in found.items()}
+
+
+# Check
+
+
+def vit_flops(side: int, patch: int, width: int, depth: int) -> int:
+    """Multiply-adds of a plain ViT with MLP ratio 4 and a class token, twice."""
+    patches = (side // patch) ** 2
+    tokens = patches + 1
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width  # qkv, proj, two of the MLP; scores and their use
+    return 2 * (patches * 3 * patch**2 * width + depth * block)
+
+
+def test_flops_are_those_of_the_closed_form() -> None:
+    tiny = build(MODEL["name"], MODEL["image_size"], MODEL["options"])
+    assert flops_per_image(tiny.to("meta")) == vit_flops(32, 8, 32, 2)
+
+
+def test_check_tells_and_trains_nothing(
+    tmp_path: Path, pretraining: Make, finetuning: Make, chaining: Make, explora_command: Command
+) -> None:
+    optim = {"lr": 1e-3, "lr_rule": "sqrt1024", "rules": [{"match": "lora_", "lr": 2e-3}]}
+    big = {"name": "vit_base_patch16_224"}
+    views = {"local_crops": 8, "local_size": 96}
+    config = pretraining(
+        tmp_path / "out", model=big, batch_size=256, optim=optim, views=views, adapt={"name": "explora"}
+    )
+    (tmp_path / "pretrain.yaml").write_text(written(config))
+    before = contents(tmp_path)
+    answer = explora_command("check", tmp_path / "pretrain.yaml", "adapt.alpha=16")
+    assert answer.code == 0, answer.err
+    assert "effective peak lr     0.0005 (lr 0.001, rule sqrt1024)" in answer.out
+    assert re.search(r"lora_ +0.001\n", answer.out)
+    assert "alpha / rank          0.25" in answer.out
+    # 86,567,656 of ViT-B/16 without its head of 769,000, with the mask token of 768; see explora-method.md, 2.3
+    trained = 7_087_872 + 11 * 2 * 64 * 2 * 768 + 11 * 2 * 2 * 768 + 2 * 768 + 768
+    assert f"{trained:,} trained of {86_567_656 - 769_000 + 768:,}" in answer.out
+    assert f"FLOPs per image       {vit_flops(224, 16, 768, 12) / 1e9:.3g} G" in answer.out
+    assert "ready to run" in answer.out
+    for verb, make in (("finetune", finetuning), ("run", chaining)):
+        (tmp_path / f"{verb}.yaml").write_text(written(make(tmp_path / "out")))
+        before = contents(tmp_path)
+        answer = explora_command("check", tmp_path / f"{verb}.yaml")
+        assert "alpha / rank          4" in answer.out
+        assert "ready to run" in answer.out
+    assert contents(tmp_path) == before
+
+
+def test_check_reads_our_own_exports_and_says_what_is_missing(
+    tmp_path: Path, finetuning: Make, pretraining: Make
+) -> None:
+    trained = explora.pretrain(pretraining(tmp_path / "run"))
+    text = explora.check(finetuning(tmp_path / "out", model={"weights": str(trained.backbone)}))
+    assert "vit_tiny_patch16_224, 32 px, patch 8" in text
+    assert text.endswith("ready to run")
+    text = explora.check(finetuning(tmp_path / "out", train="nowhere", model={**MODEL, "weights": "absent.pth"}))
+    assert "train: nowhere does not exist" in text
+    assert "model.weights: absent.pth does not exist" in text
+    with pytest.raises(ConfigError, match="no trained parameter matches"):
+        explora.check(finetuning(tmp_path / "out", optim={"rules": [{"match": "lorra", "lr": 1}]}))
+
+
+# Export
+
+
+def test_export_copies_what_was_learnt_and_nothing_else(
+    tmp_path: Path, pretraining: Make, explora_command: Command
+) -> None:
+    trained = explora.pretrain(pretraining(tmp_path / "run"))
+    for kind, source in (("timm", trained.backbone), ("adapter", trained.adapter)):
+        out = tmp_path / "new" / f"{kind}.safetensors"
+        answer = explora_command("export", tmp_path / "run", out, "--format", kind)
+        assert (answer.code, answer.out.strip()) == (0, str(out))
+        with safe_open(out, "pt") as one, safe_open(source, "pt") as other:
+            assert set(one.keys()) == set(other.keys())
+            assert one.metadata() == other.metadata()
+            assert all(one.get_tensor(name).equal(other.get_tensor(name)) for name in one.keys())  # noqa: SIM118
+    with pytest.raises(RunError, match=r"give the name of a new file that ends in \.safetensors"):
+        explora.export(tmp_path / "run", tmp_path / "new" / "timm.safetensors")
+    with pytest.raises(RunError, match=r"no backbone\.safetensors here"):
+        explora.export(tmp_path, tmp_path / "x.safetensors")
+    os.remove(trained.adapter)
+    with pytest.raises(RunError, match=r"no adapter\.safetensors here"):
+        explora.export(tmp_path / "run", tmp_path / "x.safetensors", "adapter")

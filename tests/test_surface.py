@@ -1,0 +1,52 @@
+"""The public surface: names, verbs, and that asking for help does not wait for torch."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import explora
+from explora import cli
+
+VERBS = ["check", "demo", "export", "finetune", "pack", "pretrain", "probe", "report", "run"]
+
+
+def test_names_are_pinned() -> None:
+    classes = ["DINOv2", "ExPLoRA", "FewShot", "Frozen", "Full", "KNN", "Linear", "LoRA", "LogisticRegression"]
+    assert sorted(explora.__all__) == sorted([*VERBS, *classes, "Supervised", "load_backbone"])
+    for name in explora.__all__:
+        assert getattr(explora, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'explora' has no attribute 'pretrane'"):
+        explora.pretrane  # noqa: B018
+
+
+def test_each_verb_is_the_function_of_that_name() -> None:
+    commands = {
+        command.callback.__name__: command.callback for command in cli.app.registered_commands if command.callback
+    }
+    assert sorted(commands) == VERBS
+    for name, command in commands.items():
+        function = getattr(explora, name)
+        theirs, ours = (inspect.signature(one).parameters for one in (command, function))
+        assert len(theirs) == len(ours), name
+        # `config` of the command line may be a mapping in Python, and is called `source` there
+        assert list(theirs)[1:] == list(ours)[1:], name
+        assert function.__doc__
+        assert command.__doc__
+
+
+def test_help_lists_the_verbs_without_torch() -> None:
+    code = (
+        "import sys, explora.cli\n"
+        "sys.argv = ['explora', '--help']\n"
+        "try: explora.cli.main()\n"
+        "finally: print('torch' in sys.modules, 'timm' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("False False")
+    assert all(f" {verb} " in done.stdout for verb in VERBS)
+    module = subprocess.run([sys.executable, "-m", "explora.cli", "--help"], capture_output=True, text=True, check=True)
+    assert all(f" {verb} " in module.stdout for verb in VERBS)
