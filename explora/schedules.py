@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Annotated, Any, NamedTuple
 
+from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamScheduler
 from pydantic import BeforeValidator, PlainSerializer
 
 
@@ -77,9 +77,13 @@ class Progress(NamedTuple):
 
 def cosine(start: float, end: float, share: float) -> float:
     """Half a cosine wave from `start` (share 0) to `end` (share 1)."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, share))))
+    return CosineParamScheduler(start, end)(_within(share))
 
 
 def linear(start: float, end: float, share: float) -> float:
     """A straight line from `start` (share 0) to `end` (share 1)."""
-    return start + (end - start) * min(1.0, max(0.0, share))
+    return LinearParamScheduler(start, end)(_within(share))
+
+
+def _within(share: float) -> float:
+    return min(1.0, max(0.0, share))

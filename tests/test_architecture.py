@@ -44,6 +44,7 @@ DOORS = {
     "matplotlib": "explora.reporting",
     "tensorboard": "explora.runs",
     "yaml": "explora.config",
+    "fvcore": "explora.schedules",
     "typer": "explora.cli",
 }
 BESIDE_A_CONFIG = {"Field", "PositiveFloat", "PositiveInt", "field_validator", "model_validator"}

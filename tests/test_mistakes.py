@@ -74,6 +74,10 @@ def refused(tmp_path: Path, explora_command: Command) -> Callable[..., str]:
         ("model.name=resnet18", "is no plain vision transformer"),
         ("model.weights=nowhere.safetensors", "nowhere.safetensors: no such weights file"),
         ("views.local_size=20", "local_size 20 is not a multiple of patch_size"),
+        (
+            "views={patch_size: 16, local_size: 32}",
+            "views.patch_size: 16, but the patches of vit_tiny_patch16_224 have 8",
+        ),
         ("views.global_scale=[0.9, 0.1]", "global_scale must go from a smaller to a larger share"),
         ("adapt={name: frozen}", "adapt: 'frozen' trains nothing of the backbone; choose explora, lora or full"),
         ("adapt.blocks=[7]", "adapt.blocks: [7] outside a model of 2 blocks; use -2 to 1"),
@@ -251,9 +255,12 @@ def test_half_a_source_domain(tmp_path: Path, probing: Make, chaining: Make, ref
     )
 
 
-def test_probe(tmp_path: Path, probing: Make, refused: Callable[..., str]) -> None:
+def test_probe(tmp_path: Path, probing: Make, finetuning: Make, refused: Callable[..., str]) -> None:
     config = probing(tmp_path / "run")
     assert "models: " in refused("probe", {**config, "models": {}})
+    words = "a crop of 30 px is no multiple of the patch size 8; use 24 or 32"
+    assert words in refused("probe", config, "view.size=30")
+    assert words in refused("finetune", finetuning(tmp_path / "run"), "views.size=30")
     assert "no such weights file" in refused("probe", config, "models.baseline.weights=nowhere.pth")
     assert "leave_one_out leaves no images" in refused("probe", config, "evaluators=[{name: knn, leave_one_out: true}]")
 

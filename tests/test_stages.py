@@ -19,10 +19,12 @@ from conftest import FINETUNE, MODEL, PRETRAIN, Answer
 from safetensors import safe_open
 
 import explora
+from explora.data import Center, Crop, MultiCrop
 from explora.engine import Training
 from explora.errors import ConfigError, RunError
 from explora.models import build
 from explora.stages.check import flops_per_image
+from explora.stages.training import fit_views
 
 Make = Callable[..., dict[str, Any]]
 Command = Callable[..., Answer]
@@ -301,3 +303,18 @@ def test_export_copies_what_was_learnt_and_nothing_else(
     os.remove(trained.adapter)
     with pytest.raises(RunError, match=r"no adapter\.safetensors here"):
         explora.export(tmp_path / "run", tmp_path / "x.safetensors", "adapter")
+
+
+# Views
+
+
+def test_views_follow_the_backbone_where_they_are_left_open() -> None:
+    vit = build(MODEL["name"], MODEL["image_size"], MODEL["options"])
+    assert (vit.mean, vit.patch_size, vit.image_size) == ((0.5, 0.5, 0.5), 8, 32)
+    views = fit_views(MultiCrop(local_crops=3), vit)
+    assert (views.mean, views.patch_size, views.global_size, views.local_size) == (vit.mean, 8, 32, 16)
+    assert views.local_crops == 3
+    assert fit_views(views, vit) == views
+    view = fit_views(Center(size=64), vit)
+    assert (view.size, view.mean, view.std) == (64, vit.mean, vit.std)
+    assert fit_views(Crop(mean=(0.1, 0.2, 0.3)), vit).mean == (0.1, 0.2, 0.3)

@@ -55,7 +55,7 @@ class ProbeSection(Config):
     """How to judge."""
 
     view: Center | None = None
-    """Crop of the test images; null follows each backbone's own size, mean and std."""
+    """Crop of the test images; size, mean and std that are left out follow each backbone."""
     evaluators: tuple[AnyEvaluator, ...] = (Linear(), LogisticRegression(), KNN(k=(10, 20)))
     """What judges the target."""
     source_evaluators: tuple[AnyEvaluator, ...] = (LogisticRegression(), KNN(k=(10, 20)))
@@ -166,7 +166,7 @@ class _Probed:
         self.vit, account = load_model(model)
         logger.info("%s: %s, %s", name, self.vit.name, account or "random weights")
         self.hash = fingerprint(self.vit.state_dict())
-        self.view = config.view or fit_views(Center(), self.vit)
+        self.view = fit_views(config.view or Center(), self.vit)
         self.device = device_of(config.device)
         self.cache = Path(config.cache) if config.cache else folder / "features"
         self.vit.to(self.device).eval()

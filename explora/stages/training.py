@@ -91,16 +91,26 @@ def fit_views(views: V, vit: ViT) -> V:
     Raises:
         ConfigError: a crop size does not fit the patches.
     """
-    facts = {"mean": vit.mean, "std": vit.std, "patch_size": vit.patch_size}
+    patch = vit.patch_size
+    facts = {"mean": vit.mean, "std": vit.std, "patch_size": patch}
     facts |= {"size": vit.image_size, "global_size": vit.image_size}
-    local = round(vit.image_size * 3 / 7 / vit.patch_size) * vit.patch_size
-    facts["local_size"] = max(vit.patch_size, local)
+    facts["local_size"] = max(1, round(vit.image_size * 3 / 7 / patch)) * patch
     open_fields = {
         name: value
         for name, value in facts.items()
         if name in type(views).model_fields and name not in views.model_fields_set
     }
-    return configs.validate(type(views), {**views.model_dump(exclude_unset=True), **open_fields}, "views")
+    fitted = configs.validate(type(views), {**views.model_dump(exclude_unset=True), **open_fields}, "views")
+    given = fitted.model_dump().get("patch_size", patch)
+    if given != patch:
+        raise ConfigError(f"views.patch_size: {given}, but the patches of {vit.name} have {patch} px; leave it out")
+    for side in fitted.sides():
+        if side % patch:
+            low = max(1, side // patch) * patch
+            raise ConfigError(
+                f"views: a crop of {side} px is no multiple of the patch size {patch}; use {low} or {low + patch}"
+            )
+    return fitted
 
 
 def blueprint(model: ModelConfig) -> ViT:
