@@ -325,7 +325,6 @@ def test_a_place_that_cannot_be_written(
     assert listing(tmp_path) == before
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_packing_onto_a_full_disk(small_disk: Path, images: dict[str, Path], explora_command: Command) -> None:
     (small_disk / "filler").write_bytes(bytes(2**20 - 2**15))
     text = message(explora_command("pack", images["train"], small_disk / "out"))

@@ -254,7 +254,7 @@ def test_masks_come_in_blocks_and_any_place() -> None:
 @pytest.mark.parametrize(
     ("kind", "raw", "words"),
     [
-        (MultiCrop, {"global_size": 225}, "multiple of patch_size 16; nearest: 224 and 240"),
+        (MultiCrop, {"global_size": 225, "patch_size": 16}, "multiple of patch_size 16; nearest: 224 and 240"),
         (MultiCrop, {"patch_size": 14}, "local_size 96 .* nearest: 84 and 98"),
         (MultiCrop, {"patch_size": 2, "local_size": 4}, "too small to blur"),
         (MultiCrop, {"mask_ratio": [0.5, 0.1]}, "mask_ratio must go"),

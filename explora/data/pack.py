@@ -11,6 +11,7 @@ import secrets
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +74,9 @@ def pack(
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
-        writer = _Writer(partial, shard_bytes, Fingerprint(classes))
-        skipped = _write(samples, writer, len(classes or ()), progress)
-        writer.finish(name, classes, skipped)
+        with closing(_Writer(partial, shard_bytes, Fingerprint(classes))) as writer:
+            skipped = _write(samples, writer, len(classes or ()), progress)
+            writer.finish(name, classes, skipped)
         os.rename(partial, out)
         _sync_folder(out.parent)
     except OSError as error:
@@ -165,6 +166,12 @@ class _Writer:
 
     def _shard_path(self) -> Path:
         return self._folder / f"shard-{len(self._shards):06d}.tar"
+
+    def close(self) -> None:
+        """Let go of the open tar, whole or not."""
+        if self._tar is not None:
+            self._tar.fileobj.close()
+            self._tar = None
 
     def _close(self) -> None:
         if self._tar is None:

@@ -201,7 +201,8 @@ class MultiCrop(Views):
 
     @model_validator(mode="after")
     def _fits_patches(self) -> MultiCrop:
-        patch = self.patch_size
+        # Left out, it will be the backbone's, and the sizes are checked then.
+        patch = self.patch_size if "patch_size" in self.model_fields_set else 1
         for field, size in (("global_size", self.global_size), ("local_size", self.local_size)):
             if size % patch:
                 low, high = size // patch * patch, -(-size // patch) * patch
