@@ -28,9 +28,9 @@ demo-source: $(STAMP)
 	$(BIN)/python -c "from pathlib import Path; from explora.data.synthetic import write; \
 	  write(Path('runs/demo_source/images'), 'photos', 'train', 400, seed=1)"
 	$(BIN)/explora pack runs/demo_source/images runs/demo_source/shards
-	$(BIN)/explora pretrain configs/demo_source.yaml
+	$(BIN)/explora finetune configs/demo_source.yaml
 	rm -f explora/demo/source.safetensors
-	$(BIN)/explora export runs/demo_source/pretrain explora/demo/source.safetensors
+	$(BIN)/explora export runs/demo_source/model explora/demo/source.safetensors
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
