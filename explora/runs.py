@@ -47,7 +47,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 class Run:
     """The folder of one stage: opened once, locked while open, appended to on resume.
 
-    Use as `with Run.open(out, config, stage) as run`.
+    Use as `with Run.open(out, config) as run`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -222,7 +222,7 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 def environment() -> dict[str, Any]:
     """Command, versions, git state and machine, for the record."""
-    packages = ("explora", "torch", "timm", "numpy", "webdataset", "safetensors")
+    packages = ("explora", "torch", "timm", "numpy", "safetensors")
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -234,9 +234,19 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "git": _git(),
         "platform": platform.platform(),
-        "cpus": os.cpu_count(),
+        "device": _device(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _device() -> str:
+    """What computes, for the record beside the seconds it took."""
+    import torch  # not above: reading a run's files must not cost seconds
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _git() -> dict[str, Any] | None:

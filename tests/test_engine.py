@@ -146,6 +146,18 @@ def test_rules_that_cannot_be_followed() -> None:
 # Steps that are not finite
 
 
+def test_restored_moments_go_where_the_parameters_are() -> None:
+    progress = Progress(0, STEPS, BATCH, 100)
+    trained = Optimizer(OptimConfig(), dinov2(), BATCH)
+    for parameter in trained.named.values():
+        parameter.grad = torch.ones_like(parameter)
+    trained.step(progress, torch.zeros(()))
+    elsewhere = Optimizer(OptimConfig(), dinov2().to("meta"), BATCH)
+    elsewhere.load_state(trained.state())
+    assert elsewhere.state().keys() == trained.state().keys()
+    assert {value.device.type for value in elsewhere.state().values()} == {"meta"}
+
+
 def poison(objective: DINOv2, what: str, at: set[int]) -> None:
     healthy: Callable[..., StepOutput] = objective.forward
 

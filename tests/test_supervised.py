@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from explora.adapt import Full, LoRA, adapt
-from explora.config import load
+from explora.config import load, validate
 from explora.engine.optim import OptimConfig, Optimizer
 from explora.errors import ConfigError
 from explora.models import build
 from explora.models.vit import Mixup
 from explora.objectives import Supervised, SupervisedConfig
 from explora.schedules import Progress
+from explora.stages.finetune import FinetuneSection
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 START = Progress(0, 10, 8, 80)
@@ -103,16 +104,11 @@ def test_mixing_is_timms(mix):
     assert totals["loss"] == pytest.approx(float(F.cross_entropy(logits.detach(), soft)), rel=1e-5)
 
 
-def test_an_odd_batch_is_not_mixed():
-    mixed, plain = (run(objective(**mix), [batch(5)])[1] for mix in ({"mixup": 0.8}, {}))
-    assert mixed == plain
-
-
-def test_the_head_starts_small_and_the_drop_path_arrives():
-    made = objective(head_std=2e-5, drop_path=0.3)
-    assert made.head.weight.abs().max() < 2e-4
-    assert not made.head.bias.any()
-    assert made.backbone.drop_path == 0.3
+def test_pairs_are_needed_to_mix():
+    section = {"adapt": {"name": "lora"}, "objective": {"mixup": 0.8}, "batch_size": 6, "micro_batches": 2}
+    with pytest.raises(ConfigError, match="must be even"):
+        validate(FinetuneSection, section)
+    assert validate(FinetuneSection, {**section, "micro_batches": 1}).batch_size == 6
 
 
 @pytest.mark.parametrize("wrong", [{"pool": "max"}, {"label_smoothing": 1.0}, {"mixup": -1}, {"drop_path": 1}])

@@ -1,7 +1,7 @@
 """Devices, ranks and reductions; without a process group every function is that of one process."""
 
 from explora.distributed.device import Precision, autocast, device_of, precision_on
-from explora.distributed.world import all_reduce_max, all_reduce_sum, rank, size
+from explora.distributed.world import all_reduce_max, all_reduce_sum, size
 
 __all__ = [
     "Precision",
@@ -10,6 +10,5 @@ __all__ = [
     "autocast",
     "device_of",
     "precision_on",
-    "rank",
     "size",
 ]

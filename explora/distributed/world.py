@@ -1,4 +1,4 @@
-"""Who else takes part: number of ranks, this rank, sums over all of them."""
+"""Who else takes part: number of ranks, sums over all of them."""
 
 import torch.distributed as dist
 from torch import Tensor
@@ -7,11 +7,6 @@ from torch import Tensor
 def size() -> int:
     """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process' rank; 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Training:
         return self.outcome
 
     def _train(self, step: Step) -> dict[str, Any]:
-        """One optimizer step; the returned row holds tensors, so that nothing waits for the device."""
+        """One optimizer step; one wait for the device, at the check that all is finite."""
         torch.manual_seed(hash((self.seed, step.index)) % 2**63)
         np.random.seed(hash((self.seed, step.index)) % 2**32)  # timm's mixup draws from NumPy's global state
         batches = [

@@ -42,7 +42,7 @@ class OptimConfig(Config):
     lr_rule: Literal["none", "sqrt1024", "linear256"] = "none"
     """How the rate follows the batch of a step: not, by sqrt(batch / 1024) (DINOv2), by batch / 256 (MAE)."""
     min_lr: float = Field(1e-6, ge=0)
-    """Where the cosine ends, relative to no rule."""
+    """Where the cosine ends, not scaled by `lr_rule`."""
     warmup: LengthField = Length(10, "%")
     """Length of the linear warm-up from zero."""
     weight_decay: tuple[float, float] = (0.04, 0.04)
@@ -122,7 +122,8 @@ class Optimizer:
         """Take over what `state` gave."""
         for label, value in state.items():
             name, _, key = label.rpartition("/")
-            self.adamw.state[self.named[name]][key] = value.clone()
+            parameter = self.named[name]
+            self.adamw.state[parameter][key] = value.to(parameter.device, copy=True)
 
     def _rate(self, peak: float, progress: Progress) -> float:
         warm = progress.over(self.config.warmup)

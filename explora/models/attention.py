@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import logging
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+logger = logging.getLogger("explora")
 
 
 class Group(NamedTuple):
@@ -57,18 +60,25 @@ def _explicit(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor) -> Tensor:
 
 @cache
 def _has_xformers() -> bool:
-    return importlib.util.find_spec("xformers") is not None
+    try:
+        importlib.import_module("xformers.ops")
+    except ImportError as error:
+        logger.info("attention: PyTorch's own, one call a crop size (xformers: %s)", error)
+        return False
+    logger.info("attention: xformers, all crop sizes in one call")
+    return True
 
 
-@cache
-def _block_diagonal_mask(groups: tuple[Group, ...]) -> Any:
+@lru_cache(maxsize=16)
+def _block_diagonal_mask(groups: tuple[Group, ...], device: torch.device) -> Any:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    return BlockDiagonalMask.from_seqlens([group.tokens for group in groups for _ in range(group.images)])
+    lengths = [group.tokens for group in groups for _ in range(group.images)]
+    return BlockDiagonalMask.from_seqlens(lengths, device=device)
 
 
 def _block_diagonal(qkv_T3HK: Tensor, groups: Sequence[Group]) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     q, k, v = qkv_T3HK.unsqueeze(0).unbind(2)
-    return memory_efficient_attention(q, k, v, attn_bias=_block_diagonal_mask(tuple(groups)))[0]
+    return memory_efficient_attention(q, k, v, attn_bias=_block_diagonal_mask(tuple(groups), q.device))[0]

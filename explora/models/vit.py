@@ -183,6 +183,9 @@ def build(name: str, image_size: int, options: Options | None = None) -> ViT:
     Raises:
         WeightsError: timm has no such model, it is no plain ViT, or the size does not fit the patches.
     """
+    dropped = [option for option in options or {} if "drop" in option]
+    if dropped:
+        raise WeightsError(f"model.options: {', '.join(dropped)} has no effect here; use objective.drop_path")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models()) or timm.list_models("vit_*")[:3]

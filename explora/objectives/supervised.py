@@ -78,7 +78,7 @@ class Supervised(Objective):
 
     def forward(self, batch: Batch, target: float, progress: Progress) -> StepOutput:
         images, labels = batch["image"], batch["label"]
-        if self._mix is not None and len(images) % 2 == 0:
+        if self._mix is not None:
             images, soft = self._mix(images.clone(), labels)
             logits = self._logits(images)
             loss = -(soft * F.log_softmax(logits, -1)).sum(-1).mean()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from explora import config as configs
 from explora.adapt import AnyMethod, LoRA, adapt
 from explora.config import Overrides
@@ -15,7 +17,7 @@ from explora.models import ViT, load_model
 from explora.models.export import save_tensors
 from explora.objectives import Supervised, SupervisedConfig
 from explora.runs import Run
-from explora.stages.training import Trained, TrainingPlace, TrainingSection, fit_views, logger, seeded, train
+from explora.stages.training import Trained, TrainingPlace, TrainingSection, announce, fit_views, logger, seeded, train
 
 
 class FinetuneSection(TrainingSection):
@@ -24,6 +26,14 @@ class FinetuneSection(TrainingSection):
     adapt: AnyMethod = LoRA()
     objective: SupervisedConfig = SupervisedConfig()
     views: Crop = Crop()
+
+
+    @model_validator(mode="after")
+    def _pairs_to_mix(self) -> FinetuneSection:
+        mixes = self.objective.mixup > 0 or self.objective.cutmix > 0
+        if mixes and self.batch_size // self.micro_batches % 2:
+            raise ValueError("mixup and CutMix mix pairs: batch_size / micro_batches must be even")
+        return self
 
 
 class FinetuneConfig(TrainingPlace, FinetuneSection):
@@ -52,7 +62,7 @@ def finetune(source: str | Path | Mapping[str, Any], overrides: Overrides = None
         if run.summary is not None:
             logger.info("%s: already finished", config.out)
             return Trained.of(run, run.summary)
-        logger.info("%s: %s", vit.name, account or "random weights")
+        announce(vit, account)
         objective = build(config, vit, len(shards.classes))
         summary = train(run, config, config.seed, objective, shards, "finetune")
         head = {"pool": config.objective.pool, "classes": shards.classes}

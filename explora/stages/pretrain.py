@@ -14,7 +14,7 @@ from explora.errors import ConfigError
 from explora.models import ViT, load_model
 from explora.objectives import DINOv2, DINOv2Config
 from explora.runs import Run
-from explora.stages.training import Trained, TrainingPlace, TrainingSection, fit_views, logger, seeded, train
+from explora.stages.training import Trained, TrainingPlace, TrainingSection, announce, fit_views, logger, seeded, train
 
 
 class PretrainSection(TrainingSection):
@@ -47,7 +47,7 @@ def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None
         if run.summary is not None:
             logger.info("%s: already finished", config.out)
             return Trained.of(run, run.summary)
-        logger.info("%s: %s", vit.name, account or "random weights")
+        announce(vit, account)
         summary = train(run, config, config.seed, build(config, vit), shards, "pretrain")
         return Trained.of(run, run.finish(summary))
 

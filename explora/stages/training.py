@@ -19,7 +19,7 @@ from explora.config import Config
 from explora.data import AnyViews, ShardSet, Stream, Views
 from explora.engine import LoopConfig, OptimConfig, Optimizer, Training, parameter_groups
 from explora.errors import ConfigError
-from explora.models import ModelConfig, ViT, load_model
+from explora.models import Account, ModelConfig, ViT, load_model
 from explora.models.export import save_adapter, save_backbone
 from explora.objectives import Objective
 from explora.runs import Run
@@ -180,6 +180,14 @@ def train(
     }
     export(run.folder, objective, config.adapt)
     return summary
+
+
+def announce(vit: ViT, account: Account | None) -> None:
+    """Log what the backbone's weights are; random ones are rarely meant."""
+    if account is None:
+        logger.warning("%s: random weights, because model.weights is not given", vit.name)
+    else:
+        logger.info("%s: %s", vit.name, account)
 
 
 def progress_of(config: TrainingSection, shards: ShardSet) -> Progress:
