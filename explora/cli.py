@@ -21,11 +21,11 @@ app = typer.Typer(
 INTERRUPTED = 130
 """Exit code that typer makes of Ctrl-C."""
 ConfigFile = Annotated[str, typer.Argument(help="YAML config", metavar="CONFIG")]
-Changes = Annotated[list[str] | None, typer.Argument(help="overrides: optim.lr=1e-4", metavar="[KEY=VALUE]...")]
+Changes = Annotated[list[str] | None, typer.Argument(help="overrides: optim.lr=1e-4", metavar="KEY=VALUE")]
 
 
 @app.command()
-def demo(out: Annotated[str, typer.Argument(help="folder of the run")] = "runs/demo") -> None:
+def demo(out: Annotated[str, typer.Argument(help="folder of the run", metavar="OUT")] = "runs/demo") -> None:
     """Run the whole chain on generated scenes: a few minutes on a laptop."""
     explora.demo(out)
 
@@ -38,8 +38,10 @@ def run(config: ConfigFile, overrides: Changes = None) -> None:
 
 @app.command()
 def pack(
-    root: Annotated[str, typer.Argument(help="folder of images: <class>/<file>, or <file> without labels")],
-    out: Annotated[str, typer.Argument(help="new folder for the shards")],
+    root: Annotated[
+        str, typer.Argument(help="folder of images: <class>/<file>, or <file> without labels", metavar="FOLDER")
+    ],
+    out: Annotated[str, typer.Argument(help="new folder for the shards", metavar="OUT")],
     recipe: Annotated[str, typer.Option(help="how the data set is laid out")] = "folder",
     shard_mb: Annotated[int, typer.Option(min=1, help="size of a shard in MiB")] = 256,
 ) -> None:
@@ -55,7 +57,7 @@ def pretrain(config: ConfigFile, overrides: Changes = None) -> None:
 
 @app.command()
 def finetune(config: ConfigFile, overrides: Changes = None) -> None:
-    """Fine-tune with labels."""
+    """Fine-tune a backbone with labels, by LoRA unless the config says otherwise."""
     explora.finetune(config, overrides)
 
 
@@ -76,14 +78,14 @@ def report(
 
 @app.command()
 def check(config: ConfigFile, overrides: Changes = None) -> None:
-    """Print what a config would do; trains nothing."""
+    """Print what a config of run, pretrain, finetune or probe would do; trains nothing."""
     typer.echo(explora.check(config, overrides))
 
 
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="folder of a finished pretrain or finetune stage", metavar="RUN")],
-    out: Annotated[str, typer.Argument(help="new .safetensors file")],
+    out: Annotated[str, typer.Argument(help="new .safetensors file", metavar="OUT")],
     format: Annotated[str, typer.Option(help="timm (merged backbone) or adapter (only what was trained)")] = "timm",
 ) -> None:
     """Write a run's backbone or adapter to a file of its own."""

@@ -53,6 +53,14 @@ ROLES = {
 """Domain, split and images of each of the ten classes."""
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tests that were all skipped have shown nothing: that is no success."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    nothing = terminal is not None and not terminal.stats.get("passed") and not session.config.option.collectonly
+    if nothing and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Raw folders <class>/<file> by role; not to be changed."""

@@ -160,11 +160,37 @@ def test_whatever_a_room_defines_can_be_named_in_a_config(kind: type[Config], un
         assert member.model_fields["name"].default == tag
 
 
-def test_configs_say_what_they_are() -> None:
+def config_classes() -> set[type[Config]]:
+    """Every config that the project defines anywhere."""
     for path in FILES:
         importlib.import_module(module_of(path))
-    left = [Config]
+    known: set[type[Config]] = set()
+    left: list[type[Config]] = [Config]
     while left:
         children = [child for child in left.pop().__subclasses__() if child.__module__.partition(".")[0] in PACKAGES]
-        assert [child for child in children if not child.__doc__] == []
+        known |= set(children)
         left += children
+    return known
+
+
+def test_configs_say_what_they_are() -> None:
+    assert [kind for kind in config_classes() if not kind.__doc__] == []
+
+
+def bare_fields(body: list[ast.stmt]) -> Iterator[str]:
+    """Annotated names of a class without a sentence below them."""
+    for statement, below in zip(body, [*body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            said = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and below.value.value
+            if not (isinstance(said, str) and said.endswith(".")):
+                yield statement.target.id
+
+
+def test_config_fields_say_what_they_are() -> None:
+    known = {(kind.__module__, kind.__qualname__) for kind in config_classes()}
+    bare = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and (module_of(path), node.name) in known:
+                bare += [f"{path.relative_to(ROOT)}: {node.name}.{field}" for field in bare_fields(node.body)]
+    assert bare == []

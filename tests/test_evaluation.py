@@ -18,7 +18,7 @@ from explora.errors import ConfigError, DataError
 from explora.evaluation import KNN, Features, FewShot, Linear, LogisticRegression, features
 from explora.evaluation.base import Evaluator, interval, paired
 from explora.evaluation.knn import _largest
-from explora.evaluation.linear import order, predict
+from explora.evaluation.linear import Head, order, predict
 from explora.evaluation.logreg import Problem
 
 
@@ -44,7 +44,7 @@ EVALUATORS = [
     KNN(k=(3,), leave_one_out=True),
     FewShot(shots=3, draws=4),
 ]
-NAMES = ["linear", "logreg", "knn", "leave-one-out", "fewshot"]
+NAMES = ["linear", "logreg", "knn", "knn_loo", "fewshot_3"]
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def plain_head(x, y, classes, start, lr, index):
 def test_batched_heads_equal_plain_sgd_per_head():
     train, linear = blobs(12, 0), Linear(steps=40, batch_size=16, seed=5)
     x = train.matrix(2, avgpool=True)
-    weight, bias = linear.fit(x, train.labels, 4)
+    weight, bias = linear.fit(x, train.labels, 4, linear.rates)
     generator = torch.Generator().manual_seed(5)
     start = 0.01 * torch.randn(x.shape[1], 4, generator=generator)
     index = list(order(len(x), 16, 40, generator))
@@ -114,26 +114,30 @@ def test_batches_run_across_epochs_and_miss_no_image():
     assert sorted(index[:10].tolist()) == list(range(10))
 
 
-def test_head_names_are_unique_and_follow_the_blocks_there_are():
-    assert len({head.name for head in Linear(batch_size=1).heads(12)}) == 52
+def test_heads_are_unique_and_follow_the_blocks_there_are():
+    assert len(set(Linear().heads(12))) == 52
     assert {head.blocks for head in Linear().heads(2)} == {1, 2}
-    assert len({head.name for head in Linear().heads(1)}) == 26
+    assert len(set(Linear().heads(1))) == 26
 
 
-def test_linear_selects_on_validation_and_scores_the_chosen_head(three):
+def test_linear_selects_on_validation_and_refits_on_train_and_val(three):
     train, val, test = three
-    linear = Linear(steps=80, batch_size=16)
+    linear, both = Linear(steps=80, batch_size=16), train.join(val)
     (result,) = linear.evaluate(train, val, test)
     accuracies = {}
     for head in linear.heads(2):
-        heads = linear.fit(train.matrix(*head[:2]), train.labels, 4)
-        number = linear.rates.index(head.rate)
-        chosen = heads[0][number : number + 1], heads[1][number : number + 1]
-        right = predict(*chosen, val.matrix(*head[:2]))[0] == val.labels
-        accuracies[head.name] = 100 * right.double().mean().item()
-        if head.name == result.selected["head"]:
-            expected = predict(*chosen, test.matrix(*head[:2]))[0]
-    assert result.selected["val_accuracy"] == max(accuracies.values()) == accuracies[result.selected["head"]]
+        alone = linear.fit(train.matrix(*head[:2]), train.labels, 4, [head.rate])
+        right = predict(*alone, val.matrix(*head[:2]))[0] == val.labels
+        accuracies[head] = 100 * right.double().mean().item()
+    selected = result.selected
+    chosen = Head(selected["blocks"], selected["avgpool"], selected["lr"])
+    assert selected["val_accuracy"] == max(accuracies.values()) == accuracies[chosen]
+    x = both.matrix(*chosen[:2])
+    generator = torch.Generator().manual_seed(0)
+    start = 0.01 * torch.randn(x.shape[1], 4, generator=generator)
+    index = list(order(len(x), 16, 80, generator))
+    refit = plain_head(x, both.labels, 4, start, chosen.rate * 16 / 256, index)
+    expected = refit(test.matrix(*chosen[:2])).argmax(1)
     assert result.predictions.tolist() == expected.tolist()
     assert result.value == pytest.approx(100 * (expected == test.labels).double().mean().item())
 
@@ -218,7 +222,7 @@ def test_equal_neighbours_enter_in_order():
 def test_knn_refuses_impossible_k(three):
     with pytest.raises(ConfigError, match="give a single k"):
         load(KNN, {"k": [5, 10], "leave_one_out": True})
-    with pytest.raises(ConfigError, match=r"k\.0: expected greater than 0"):
+    with pytest.raises(ConfigError, match=r"k\.0: expected a value greater than 0"):
         load(KNN, {"k": [0]})
     with pytest.raises(DataError, match="k 500 is more than the 112 images"):
         list(KNN(k=(500,)).evaluate(*three))
@@ -251,7 +255,7 @@ def test_few_shot_averages_fresh_fits_and_ignores_the_scale_of_features(three):
 @pytest.mark.parametrize("evaluator", EVALUATORS, ids=NAMES)
 def test_evaluators_are_deterministic_and_beat_chance(three, evaluator):
     (first,), (second,) = evaluator.evaluate(*three), evaluator.evaluate(*three)
-    assert first.evaluator == evaluator.name
+    assert first.evaluator == evaluator.label
     assert first.value == pytest.approx(100 * first.scores.mean())
     assert first.n == len(first.scores)
     assert 0 <= first.low <= first.value <= first.high <= 100
@@ -291,6 +295,12 @@ def test_features_that_do_not_vary_give_chance(three, evaluator):
     constant = [replace(part, cls=torch.ones_like(part.cls), mean=torch.ones_like(part.mean)) for part in three]
     (result,) = evaluator.evaluate(*constant)
     assert result.value == pytest.approx(25, abs=10)
+
+
+def test_labels_tell_settings_apart_and_say_who_may_be_judged():
+    assert [evaluator.label for evaluator in EVALUATORS] == NAMES
+    assert FewShot(shots=20).label == "fewshot_20"
+    assert [evaluator.fair_after_labels for evaluator in EVALUATORS] == [True, True, True, False, False]
 
 
 def test_every_evaluator_is_picked_by_name():

@@ -83,12 +83,13 @@ def test_few_shot_draws_as_many_of_each_class():
 class TinyBackbone(nn.Module):
     """Stands for a ViT: block b says (b + 1) times the mean colour."""
 
-    width, depth = 3, 2
+    width, depth, name, image_size = 3, 2, "tiny", 4
 
     def __init__(self) -> None:
         super().__init__()
         self.dropout = nn.Dropout()
         self.calls = 0
+        self.options: dict[str, int] = {}
 
     def features(self, images: Tensor, blocks: int) -> SimpleNamespace:
         self.calls += 1
@@ -152,8 +153,11 @@ def test_extract_runs_in_eval_mode_and_is_cached_by_what_it_depends_on(extractio
     assert torch.equal(again.mean, first.mean)
     for changed in ({"blocks": 1}, {"precision": "bf16"}, {"weights_hash": "v"}, {"view": TinyView(size=8)}):
         run(**changed)
-    assert vit.calls == 15
-    assert len(list(cache.iterdir())) == 5
+    for name, value in (("name", "other"), ("options", {"num_heads": 4}), ("image_size", 8)):
+        setattr(vit, name, value)
+        run()
+    assert vit.calls == 24
+    assert len(list(cache.iterdir())) == 8
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "other file"])
@@ -235,6 +239,8 @@ def test_linear_cka_equals_hsic():
     assert evaluation.linear_cka(before, moved(before, 5 * before.matrix() @ turn + 1)) == pytest.approx(1)
     with pytest.raises(DataError, match="collapsed"):
         evaluation.linear_cka(before, moved(before, torch.ones(20, 6)))
+    with pytest.raises(DataError, match="collapsed"):
+        evaluation.linear_cka(before, moved(before, 0.1 + 1e-8 * torch.randn(20, 6)))
 
 
 def test_rankme_counts_equal_directions():

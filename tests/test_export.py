@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from explora.adapt import ExPLoRA, LoRA, Method, adapt
+from explora.adapt import ExPLoRA, Full, LoRA, Method, adapt, attach
 from explora.errors import RunError, WeightsError
 from explora.models import ModelConfig, ViT, build, fingerprint, load_backbone, load_model, read_tensors
 from explora.models.export import load_adapter, save_adapter, save_backbone
@@ -126,6 +126,39 @@ def test_an_adapter_is_refused_where_it_does_not_belong(tmp_path, seed, options,
     with pytest.raises(WeightsError, match=says):
         load_adapter(path, other, config_of(method))
     assert torch.equal(outputs(other), before)
+
+
+@pytest.mark.parametrize("method", [ExPLoRA(rank=4, alpha=4), LoRA(rank=2, targets=("q", "fc1")), Full()])
+def test_attaching_an_adapter_to_its_base_gives_the_backbone_file(tmp_path, method):
+    vit, learnt = trained(method)
+    adapter = save_adapter(tmp_path / "adapter.safetensors", vit, learnt, config_of(method))
+    method.merge(vit)
+    backbone = save_backbone(tmp_path / "backbone.safetensors", vit)
+    base = tiny()
+    attach(base, adapter)
+    found = base.state_dict()
+    expected = load_file(backbone)
+    assert found.keys() - {"mask_token"} == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_attach_refuses_what_does_not_belong_and_changes_nothing(tmp_path):
+    method = ExPLoRA(rank=2, blocks=(2,))
+    vit, learnt = trained(method)
+    adapter = save_adapter(tmp_path / "adapter.safetensors", vit, learnt, config_of(method))
+    unknown = save_adapter(tmp_path / "unknown.safetensors", vit, learnt, {"name": "lorra"})
+    backbone = save_backbone(tmp_path / "backbone.safetensors", tiny())
+    for base, path, says in (
+        (tiny(1), adapter, "other base weights"),
+        (tiny(depth=2), adapter, r"does not fit this explora or this model: adapt\.blocks: \[2\] outside"),
+        (tiny(), unknown, "did you mean 'lora'"),
+        (tiny(), backbone, "is no adapter; give the adapter.safetensors"),
+    ):
+        before = fingerprint(base.state_dict())
+        with pytest.raises(WeightsError, match=says):
+            attach(base, path)
+        assert fingerprint(base.state_dict()) == before
 
 
 @pytest.fixture

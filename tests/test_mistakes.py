@@ -191,7 +191,7 @@ def damaged(shards: dict[str, Path], place: Path, file: str, change: Callable[[b
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
-        ("shard-000000.tar", lambda blob: blob[:-700], "were packed; pack these images again"),
+        ("shard-000000.tar", lambda blob: blob[:-700], "were packed; pack the images again"),
         ("shard-000000.tar", lambda blob: b"\0" * len(blob), "not a whole, readable image"),
         ("manifest.json", lambda blob: blob[:-30], "damaged: "),
         ("manifest.json", lambda blob: blob[:0] + b"[]", "not a manifest of explora-shards"),

@@ -2,122 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from fake_run import CLASSES, MODELS, ROWS, Triple, make_run, result, write_json
 
 from explora.errors import RunError
-from explora.reporting import table, write_report
-from explora.reporting.folder import MODELS, Row, read_chain
+from explora.reporting import results_table, table, write_report
+from explora.reporting.folder import read_chain
 from explora.reporting.page import render
+from explora.reporting.rows import Row, gather
 from explora.reporting.words import duration, headline, points, verdict
-
-CLASSES = [
-    "agricultural",
-    "airplane",
-    "beach",
-    "buildings",
-    "<script>alert(1)</script>",
-    "$forest_{a}$",
-    "河川",
-]
-N = 210
-
-
-def _json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-Triple = tuple[float, float, float] | None
-
-
-def _row(model: str, data: str, evaluator: str, value: float, difference: Triple) -> dict[str, Any]:
-    d, low, high = difference or (None, None, None)
-    row = {"model": model, "data": data, "evaluator": evaluator, "metric": "top1", "value": value, "n": N}
-    row |= {"low": value - 2.5, "high": min(100.0, value + 2.5), "selected": {"lr": 0.01, "block": 1}}
-    return row | {"difference": d, "difference_low": low, "difference_high": high}
-
-
-ROWS = [
-    _row("baseline", "target", "linear", 86.19, None),
-    _row("adapted", "target", "linear", 89.52, (3.33, 1.43, 5.24)),
-    _row("finetuned", "target", "linear", 93.81, (7.62, 4.76, 10.48)),
-    _row("baseline", "target", "knn", 80.48, None),
-    _row("adapted", "target", "knn", 81.43, (0.95, -1.43, 3.33)),
-    _row("finetuned", "target", "knn", 92.38, (11.9, 8.1, 15.71)),
-    _row("finetuned", "target", "head", 94.29, None),
-    _row("baseline", "source", "linear", 74.2, None),
-    _row("adapted", "source", "linear", 73.8, (-0.4, -1.9, 1.1)),
-    _row("finetuned", "source", "linear", 66.1, (-8.1, -10.3, -5.9)),
-    _row("baseline", "source", "knn", 68.0, None),
-    _row("adapted", "source", "knn", 66.2, (-1.8, -3.4, -0.2)),
-    _row("finetuned", "source", "knn", 58.9, (-9.1, -11.5, -6.6)),
-]
-
-
-def _stage(folder: Path, keys: tuple[str, ...], trained: int, rng: np.random.Generator) -> None:
-    summary = {
-        "stage": folder.name, "model": "deit_tiny_patch16_224", "method": "explora", "objective": "dinov2",
-        "trained_parameters": trained, "total_parameters": 5_717_416, "head_parameters": 1_234_567,
-        "seconds": 412.3, "steps": 240, "images": 15_360, "images_per_second": 37.25, "skipped_steps": 1,
-        "alpha_over_rank": 1.0,
-        "trained": ["blocks.11.*", "*.lora_a", "*.lora_b", "*norm*"],
-    }  # fmt: skip
-    _json(folder / "summary.json", summary)
-    lines = []
-    for step in range(1, 241):
-        fall = float(np.exp(-step / 60))
-        row = {"step": step, "images": 64 * step, "seconds": 1.7 * step, "lr": 1e-4 * fall}
-        row |= {key: 4 * fall + 1 + 0.2 * float(rng.standard_normal()) for key in keys if step % 3 or key != "koleo"}
-        lines.append(json.dumps(row))
-    lines[7] = '{"step": 8, "loss": NaN, "dino": Infinity}'
-    lines.insert(30, '{"step": 30, "event": "skipped"}')
-    lines.insert(100, '{"step": 99, "lo')
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "config.yaml").write_text("optim:\n  lr: 0.0001\nseed: 7\n")
-
-
-def make_run(folder: Path, rows: list[dict[str, Any]] = ROWS, classes: list[str] = CLASSES) -> Path:
-    """A plausible finished chain."""
-    rng = np.random.default_rng(0)
-    _stage(folder / "pretrain", ("loss", "dino", "ibot", "koleo", "grad_norm"), 592_128, rng)
-    _stage(folder / "finetune", ("loss",), 301_000, rng)
-    for key, count in (("target", 1680), ("source", 2000)):
-        name = {"target": "ucmerced", "source": "cifar10_small"}[key]
-        manifest = {"name": name, "samples": count, "classes": classes, "fingerprint": "8c1f" * 16}
-        _json(folder / "shards" / key / "manifest.json", manifest)
-    probe = folder / "probe"
-    _json(probe / "classes.json", classes)
-    (probe / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    labels = np.repeat(np.arange(len(classes)), N // len(classes))
-    arrays = {"target__labels": labels}
-    for row in rows:
-        wrong = rng.random(len(labels)) > row["value"] / 100
-        key = f"{row['model']}__{row['data']}__{row['evaluator']}"
-        arrays[key] = np.where(wrong, (labels + 1) % len(classes), labels)
-    np.savez(probe / "predictions.npz", **arrays)
-    y, x = np.mgrid[0:64, 0:64]
-    images = np.stack([np.dstack([x * 4, y * 4, (x * k + y) % 255]) for k in range(1, 5)]).astype(np.uint8)
-    pca = {f"{model}__pca": rng.integers(0, 255, (4, 14, 14, 3), np.uint8) for model in MODELS}
-    np.savez(probe / "pictures.npz", images=images, **pca)
-    config = "pretrain:\n  seed: 7\nprobe:\n  seed: 1\nnote: </pre><script>bad()</script>\n"
-    (folder / "config.yaml").write_text(config)
-    environment = {
-        "command": "explora run configs/ucmerced.yaml optim.lr=1e-4",
-        "versions": {"torch": "2.13.0", "explora": "0.1.0"},
-        "git": {"commit": "0123456789abcdef", "dirty": True},
-        "device": "cpu", "platform": "Linux", "started": "2025-01-02T03:04:05",
-    }  # fmt: skip
-    _json(folder / "environment.json", environment)
-    return folder
 
 
 class Page(HTMLParser):
@@ -186,9 +86,15 @@ def test_headline_and_numbers(page: Page) -> None:
     assert ["adapted", "k-nearest neighbours", "80.5", "81.4", "+0.9", "−1.4 to +3.3", "not clear"] in rows
     assert ["finetuned", "trained head", "–", "94.3", "–", "–", "no comparison"] in rows
     assert ["adapted", "k-nearest neighbours", "68.0", "66.2", "−1.8", "−3.4 to −0.2", "loss"] in rows
+    assert ["finetuned", "5-shot linear probe", "61.5", "–", "–", "–", "left out"] in rows
+    assert ["adapted", "k-nearest neighbours, leave-one-out", "79.2", "82.1", "+2.9", "+1.1 to +4.7", "gain"] in rows
+    moved = [["adapted", "0.108", "0.892", "0.030", "0.970"], ["finetuned", "0.273", "0.727", "0.109", "0.891"]]
+    assert page.table("Model", "Drift, target") == moved
+    assert page.text["p"].count("it has learnt the labels of the training images") == 1
+    assert "Leave-one-out covers all 1,680 training and test images" in page.text["p"]
     cost = " ".join(page.table("Stage", "Method")[0])
     assert cost == "pretrain explora 592,128 10.4 % 1,234,567 240 15,360 37.2 6 min 52 s"
-    place = ["target", "source", "linear", "knn", "head", *MODELS].index
+    place = ["target", "source", "linear", "knn", "knn_loo", "fewshot_5", "fewshot_20", "head", *MODELS].index
     expected = [(row["data"], row["evaluator"], row["model"]) for row in ROWS]
     expected.sort(key=lambda names: tuple(map(place, names)))
     assert [(data, evaluator, model) for data, model, evaluator, *_ in page.table("Data", "Model")] == expected
@@ -223,6 +129,8 @@ def test_trust_names_what_was_used(text: str) -> None:
         "8c1f" * 4,
         "0123456789ab; the tree had uncommitted",
         "torch 2.13.0",
+        "AMD EPYC, 2 threads, Linux",
+        "over 210 test images and 1,680 training and test images of ucmerced",
     ]
     assert [item for item in [*record, seeds, torn, "never on the test"] if item not in text] == []
 
@@ -252,10 +160,10 @@ def test_confusion_counts(run: Path, page: Page) -> None:
 )
 def test_words_follow_the_interval(run: Path, difference: Triple, kind: str, first: str, second: str) -> None:
     rows = [
-        _row("baseline", "target", "linear", 90, None),
-        _row("adapted", "target", "linear", 91, difference),
+        result("baseline", "target", "linear", 90, None),
+        result("adapted", "target", "linear", 91, difference),
     ]
-    chain = replace(read_chain(run), rows=[Row(**row) for row in rows])
+    chain = replace(read_chain(run), rows=[Row.of(row) for row in rows])
     said = headline(chain)
     assert verdict(chain.rows[1]) == kind
     assert first in said[0]
@@ -264,12 +172,44 @@ def test_words_follow_the_interval(run: Path, difference: Triple, kind: str, fir
 
 def test_headline_does_not_pick_the_best_evaluator(run: Path) -> None:
     rows = [
-        _row("baseline", "target", "linear", 90, None),
-        _row("adapted", "target", "linear", 88, (-2, -3, -1)),
-        _row("baseline", "target", "knn", 60, None),
-        _row("adapted", "target", "knn", 90, (30, 20, 40)),
+        result("baseline", "target", "linear", 90, None),
+        result("adapted", "target", "linear", 88, (-2, -3, -1)),
+        result("baseline", "target", "knn", 60, None),
+        result("adapted", "target", "knn", 90, (30, 20, 40)),
     ]
-    assert "lowered" in headline(replace(read_chain(run), rows=[Row(**row) for row in rows]))[0]
+    assert "lowered" in headline(replace(read_chain(run), rows=[Row.of(row) for row in rows]))[0]
+
+
+def test_any_names_of_models_do(tmp_path: Path) -> None:
+    other = {"baseline": "vit-b", "adapted": "vit-b on aerial <images>", "finetuned": "x"}
+    rows = [{**row, "model": other[row["model"]]} for row in ROWS]
+    run = make_run(tmp_path, rows=rows)
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert page.text["h1"] == "vit-b on aerial <images> raised accuracy on ucmerced by 3.3 points."
+    assert page.table("Model", "Evaluator")[0][0] == "vit-b on aerial <images>"
+    assert page.table("Class")
+    assert page.tags.count("img") == 4 * 4
+    lines = table(run).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("    - vit-b  ") for line in lines) > 4
+    assert "\n".join(lines).startswith(results_table(rows))
+
+
+def test_the_first_model_may_come_alone() -> None:
+    rows = [row for row in ROWS if row["model"] == "baseline"]
+    assert gather(map(Row.of, rows)).models == ["baseline"]
+    assert "- baseline" not in results_table(rows)
+    assert results_table([]) == "target: not measured\n\nsource: not measured"
+
+
+def test_names_that_only_repeat_the_role_are_no_names(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert read_chain(run).data_name("target") == "ucmerced"
+    (run / "shards/test/manifest.json").write_text('{"name": "test"}')
+    (run / "shards/source_test/manifest.json").write_text('{"name": "source_test"}')
+    assert [read_chain(run).data_name(data) for data in ("target", "source")] == ["the target data", "the source data"]
+    (run / "shards/train/manifest.json").write_text('{"name": "scenes"}')
+    assert read_chain(run).data_name("target") == "scenes"
 
 
 def test_small_numbers_keep_their_sign() -> None:
@@ -284,7 +224,9 @@ def test_table_fits_a_terminal(run: Path) -> None:
     assert all(line == line.rstrip() for line in lines)
     assert re.search(r"adapted +89\.5 \[87\.0, 92\.0\] +81\.4", "\n".join(lines))
     assert re.search(r"- baseline +\+3\.3 \[\+1\.4, \+5\.2\] +\+0\.9 \[-1\.4, \+3\.3\]", "\n".join(lines))
-    assert any(line.startswith("source, n 210") for line in lines)
+    assert re.search(r"target +linear top-1 +knn top-1 +knn_loo top-1\n  images +210 +210 +1,680\n", table(run))
+    assert re.search(r"finetuned +- +- +94\.3 \[91\.8, 96\.8\]", table(run))
+    assert table(run).count("finetuned: it has learnt the labels") == 1
     assert re.search(r"pretrain +592,128 +5,717,416 +10\.4 % +6 min 52 s", lines[-2])
 
 
@@ -296,12 +238,12 @@ def test_table_fits_a_terminal(run: Path) -> None:
             ("No pictures of patch features", "No confusion matrix", "No fine-tuning was part"),
         ),
         (
-            "probe/results.jsonl pretrain/metrics.jsonl finetune/metrics.jsonl shards/target/manifest.json",
+            "probe/results.jsonl pretrain/metrics.jsonl finetune/metrics.jsonl shards/test/manifest.json",
             ("Nothing was measured yet", "No training curves"),
         ),
         (
             "pretrain/summary.json finetune/summary.json environment.json config.yaml "
-            "shards/target/manifest.json shards/source/manifest.json",
+            "shards/test/manifest.json shards/train/manifest.json shards/source_test/manifest.json",
             ("its cost is not known", "No seed is recorded", "No manifest lies", "on the target data by"),
         ),
     ],
@@ -317,8 +259,8 @@ def test_missing_parts_are_said(tmp_path: Path, removed: str, lines: tuple[str, 
 
 
 def test_bare_and_old_rows(tmp_path: Path) -> None:
-    run = make_run(tmp_path, rows=[*ROWS[:2], _row("adapted", "target", "linear", 50.0, (-40, -45, -35))])
-    _json(run / "pretrain" / "summary.json", {"stage": "pretrain"})
+    run = make_run(tmp_path, rows=[*ROWS[:2], result("adapted", "target", "linear", 50.0, (-40, -45, -35))])
+    write_json(run / "pretrain" / "summary.json", {"stage": "pretrain"})
     page = Page(write_report(run, tmp_path / "elsewhere" / "page.html").read_text(encoding="utf-8"))
     assert page.text["h1"] == "Adaptation lowered accuracy on ucmerced by 40.0 points."
     assert "No source data" in page.text["p"]
@@ -327,8 +269,8 @@ def test_bare_and_old_rows(tmp_path: Path) -> None:
 
 def test_many_classes_and_other_evaluators(tmp_path: Path) -> None:
     rows = [
-        _row(model, "target", evaluator, 70.0 + place, (1.0, 0.5, 1.5) if model == "adapted" else None)
-        for place, evaluator in enumerate(["linear", "logreg", "knn", "fewshot", "attentive"])
+        result(model, "target", evaluator, 70.0 + place, (1.0, 0.5, 1.5) if model == "adapted" else None)
+        for place, evaluator in enumerate(["linear", "logreg", "knn", "fewshot_5", "attentive"])
         for model in ("baseline", "adapted")
     ]
     rows.append({**rows[-1], "metric": "top5"})

@@ -215,7 +215,7 @@ def test_open_and_verify_find_damage(root: Path, tmp_path: Path) -> None:
         return lambda at: os.truncate(at / name, (at / name).stat().st_size - 10)
 
     for change, words in (
-        (cut("shard-000001.tar"), "shard-000001.tar: damaged.*pack these images again"),
+        (cut("shard-000001.tar"), "shard-000001.tar: damaged.*pack the images again"),
         (lambda at: (at / "shard-000000.tar").unlink(), "shard-000000.tar: damaged"),
         (cut("index.npy"), "index.npy: damaged"),
         (cut("manifest.json"), "manifest.json: damaged"),

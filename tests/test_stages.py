@@ -1,4 +1,4 @@
-"""The stages as users meet them: stopped and killed anywhere they end in the same bits, and check trains nothing."""
+"""The stages as users meet them: stopped and killed anywhere they end in the same bits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import pytest
 import yaml
 from conftest import FINETUNE, MODEL, PRETRAIN, Answer
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import explora
-from explora.data import Center, Crop, MultiCrop
+from explora.adapt import attach
+from explora.data import Center, Crop, MultiCrop, synthetic
 from explora.engine import Training
-from explora.errors import ConfigError, RunError
-from explora.models import build
-from explora.stages.check import flops_per_image
+from explora.errors import RunError
+from explora.models import build, load_backbone
 from explora.stages.training import fit_views
 
 Make = Callable[..., dict[str, Any]]
@@ -168,6 +170,51 @@ def test_a_killed_chain_ends_in_the_same_bits(tmp_path: Path, chaining: Make) ->
     assert (tmp_path / "killed/report.html").is_file()
 
 
+KILLED = """
+import os, signal, sys, threading, explora
+from explora.engine import Training
+
+config, step, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+train = Training._train
+
+def killing(self, batch):
+    if batch.index == step:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return train(self, batch)
+
+Training._train = killing
+explora.pretrain(config)
+"""
+"""Pretrains, and is killed so many seconds after the start of a step: in it, in a checkpoint, in a step after it."""
+
+
+def test_the_demo_killed_at_any_step_ends_in_the_same_bits(tmp_path: Path) -> None:
+    place = resources.files("explora") / "demo"
+    source = str(place / "source.safetensors")
+    explora.pack(synthetic.write(tmp_path / "images", "scenes", "train", 4), tmp_path / "shards")
+    section = yaml.safe_load((place / "demo.yaml").read_text())["pretrain"]
+    section |= {"steps": 12, "batch_size": 8, "loop": {"save_every": 3}}
+    config = {**section, "shards": str(tmp_path / "shards"), "model": {"weights": source}}
+    whole = explora.pretrain({**config, "out": str(tmp_path / "whole")})
+
+    step, delay = random.randrange(12), random.uniform(0, 0.1)
+    moment = f"killed {delay:.3f} s into step {step}"
+    config["out"] = str(tmp_path / "killed")
+    (tmp_path / "killed.yaml").write_text(written(config))
+    words = [sys.executable, "-c", KILLED, str(tmp_path / "killed.yaml"), str(step), str(delay)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == -9, f"{moment}: {done.returncode} {done.stderr}"
+    killed = explora.pretrain(config)
+    assert rows(whole.folder) == rows(killed.folder) != [], moment
+    assert whole.backbone.read_bytes() == killed.backbone.read_bytes(), moment
+    assert whole.adapter.read_bytes() == killed.adapter.read_bytes(), moment
+
+    vit = load_backbone(source)
+    attach(vit, killed.adapter)
+    found = vit.state_dict()
+    assert all(found[name].equal(tensor) for name, tensor in load_file(killed.backbone).items())
+
+
 def test_running_twice_trains_once(tmp_path: Path, pretraining: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = pretraining(tmp_path / "run")
     first = explora.pretrain(config)
@@ -219,66 +266,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by its path; TensorBoard's carry the time in their name."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {re.sub(r"tfevents\..*", "tfevents", name): path.read_bytes() for name, path in found.items()}
-
-
-# Check
-
-
-def vit_flops(side: int, patch: int, width: int, depth: int) -> int:
-    """Multiply-adds of a plain ViT with MLP ratio 4 and a class token, twice."""
-    patches = (side // patch) ** 2
-    tokens = patches + 1
-    block = 12 * tokens * width**2 + 2 * tokens**2 * width  # qkv, proj, two of the MLP; scores and their use
-    return 2 * (patches * 3 * patch**2 * width + depth * block)
-
-
-def test_flops_are_those_of_the_closed_form() -> None:
-    tiny = build(MODEL["name"], MODEL["image_size"], MODEL["options"])
-    assert flops_per_image(tiny.to("meta")) == vit_flops(32, 8, 32, 2)
-
-
-def test_check_tells_and_trains_nothing(
-    tmp_path: Path, pretraining: Make, finetuning: Make, chaining: Make, explora_command: Command
-) -> None:
-    optim = {"lr": 1e-3, "lr_rule": "sqrt1024", "rules": [{"match": "lora_", "lr": 2e-3}]}
-    big = {"name": "vit_base_patch16_224"}
-    views = {"local_crops": 8, "local_size": 96}
-    config = pretraining(
-        tmp_path / "out", model=big, batch_size=256, optim=optim, views=views, adapt={"name": "explora"}
-    )
-    (tmp_path / "pretrain.yaml").write_text(written(config))
-    before = contents(tmp_path)
-    answer = explora_command("check", tmp_path / "pretrain.yaml", "adapt.alpha=16")
-    assert answer.code == 0, answer.err
-    assert "effective peak lr     0.0005 (lr 0.001, rule sqrt1024)" in answer.out
-    assert re.search(r"lora_ +0.001\n", answer.out)
-    assert "alpha / rank          0.25" in answer.out
-    # 86,567,656 of ViT-B/16 without its head of 769,000, with the mask token of 768; see explora-method.md, 2.3
-    trained = 7_087_872 + 11 * 2 * 64 * 2 * 768 + 11 * 2 * 2 * 768 + 2 * 768 + 768
-    assert f"{trained:,} trained of {86_567_656 - 769_000 + 768:,}" in answer.out
-    assert f"FLOPs per image       {vit_flops(224, 16, 768, 12) / 1e9:.3g} G" in answer.out
-    assert "ready to run" in answer.out
-    for verb, make in (("finetune", finetuning), ("run", chaining)):
-        (tmp_path / f"{verb}.yaml").write_text(written(make(tmp_path / "out")))
-        before = contents(tmp_path)
-        answer = explora_command("check", tmp_path / f"{verb}.yaml")
-        assert "alpha / rank          4" in answer.out
-        assert "ready to run" in answer.out
-    assert contents(tmp_path) == before
-
-
-def test_check_reads_our_own_exports_and_says_what_is_missing(
-    tmp_path: Path, finetuning: Make, pretraining: Make
-) -> None:
-    trained = explora.pretrain(pretraining(tmp_path / "run"))
-    text = explora.check(finetuning(tmp_path / "out", model={"weights": str(trained.backbone)}))
-    assert "vit_tiny_patch16_224, 32 px, patch 8" in text
-    assert text.endswith("ready to run")
-    text = explora.check(finetuning(tmp_path / "out", train="nowhere", model={**MODEL, "weights": "absent.pth"}))
-    assert "train: nowhere does not exist" in text
-    assert "model.weights: absent.pth does not exist" in text
-    with pytest.raises(ConfigError, match="no trained parameter matches"):
-        explora.check(finetuning(tmp_path / "out", optim={"rules": [{"match": "lorra", "lr": 1}]}))
 
 
 # Export

@@ -34,6 +34,7 @@ def test_each_verb_is_the_function_of_that_name() -> None:
         assert len(theirs) == len(ours), name
         # `config` of the command line may be a mapping in Python, and is called `source` there
         assert list(theirs)[1:] == list(ours)[1:], name
+        assert [one.default for one in theirs.values()] == [one.default for one in ours.values()], name
         assert function.__doc__
         assert command.__doc__
 

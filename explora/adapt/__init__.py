@@ -1,14 +1,9 @@
-"""How a backbone may change: one file a method. To add one, write its file and name it in `AnyMethod`."""
-
-from typing import Annotated
-
-from pydantic import Field
+"""How a backbone may change: one file a method, named in `explora.adapt.methods`."""
 
 from explora.adapt.base import Method, adapt
 from explora.adapt.explora import ExPLoRA
 from explora.adapt.lora import LoRA
+from explora.adapt.methods import AnyMethod, attach
 from explora.adapt.plain import Frozen, Full
 
-AnyMethod = Annotated[ExPLoRA | LoRA | Full | Frozen, Field(discriminator="name")]
-
-__all__ = ["AnyMethod", "ExPLoRA", "Frozen", "Full", "LoRA", "Method", "adapt"]
+__all__ = ["AnyMethod", "ExPLoRA", "Frozen", "Full", "LoRA", "Method", "adapt", "attach"]

@@ -18,6 +18,7 @@ class ExPLoRA(Method):
     """
 
     name: Literal["explora"] = "explora"
+    """Picks this method."""
     blocks: tuple[int, ...] = (-1,)
     """U: blocks trained in full, counted from 0; negative ones from the end."""
     rank: int = Field(64, ge=1)

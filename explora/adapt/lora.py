@@ -72,6 +72,7 @@ class LoRA(Method):
     """Low-rank terms in every block, nothing else; the usual choice for supervised fine-tuning."""
 
     name: Literal["lora"] = "lora"
+    """Picks this method."""
     rank: int = Field(8, ge=1)
     """Rank r of each low-rank term."""
     alpha: float = Field(8.0, gt=0)

@@ -12,6 +12,7 @@ class Full(Method):
     """Every parameter learns: the baseline that parameter-efficient methods are compared with."""
 
     name: Literal["full"] = "full"
+    """Picks this method."""
 
     def trains(self, name: str, vit: ViT) -> bool:
         return True
@@ -21,6 +22,7 @@ class Frozen(Method):
     """No parameter of the backbone learns; only what an objective adds to it, such as a head, does."""
 
     name: Literal["frozen"] = "frozen"
+    """Picks this method."""
 
     def trains(self, name: str, vit: ViT) -> bool:
         return False

@@ -161,7 +161,7 @@ class ShardSet:
         except OSError as error:
             raise DataError(f"{self.where(index)}: cannot be read: {error.strerror}") from None
         if len(blob) != size:
-            raise DataError(f"{self.where(index)}: the file ends too early; pack these images again")
+            raise DataError(f"{self.where(index)}: the file ends too early; pack the images again")
         return blob
 
     def image(self, index: int) -> np.ndarray:
@@ -173,7 +173,7 @@ class ShardSet:
         try:
             return decode(self.read(index))
         except DataError as error:
-            raise DataError(f"{self.where(index)}: {error}; run `verify` or pack these images again") from None
+            raise DataError(f"{self.where(index)}: {error}; pack the images again") from None
 
     def where(self, index: int) -> str:
         """Shard file and key of an image, for messages."""
@@ -283,7 +283,9 @@ def _read_manifest(folder: Path) -> Manifest:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of {FORMAT}; run `explora pack` on your images first")
     if raw.get("version") != VERSION:
-        raise DataError(f"{path}: version {raw.get('version')}, but this explora reads version {VERSION}; pack again")
+        raise DataError(
+            f"{path}: version {raw.get('version')}, but this explora reads version {VERSION}; pack the images again"
+        )
     try:
         return validate(Manifest, raw, path)
     except ConfigError as error:
@@ -313,4 +315,4 @@ def _check_size(path: Path, expected: int) -> None:
 
 
 def _damaged(path: Path, reason: str) -> DataError:
-    return DataError(f"{path}: damaged: {reason}; pack these images again")
+    return DataError(f"{path}: damaged: {reason}; pack the images again")

@@ -31,7 +31,8 @@ from explora.data.index import (
 from explora.errors import DataError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-SHARD_BYTES = 512 * 2**20
+SHARD_MB = 256
+"""Size of a shard in MiB, unless one is asked for."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def pack(
     *,
     name: str,
     classes: list[str] | None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = SHARD_MB * 2**20,
     progress: Callable[[int], None] | None = None,
 ) -> ShardSet:
     """Write plain WebDataset tars, `index.npy` and `manifest.json` into the new folder `out`.

@@ -48,6 +48,7 @@ class OptimConfig(Config):
     weight_decay: tuple[float, float] = (0.04, 0.04)
     """Start and end of the cosine of weight decay; biases, norms and LayerScale have none."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's two running means, of the gradient and of its square."""
     clip: float | None = Field(3.0, gt=0)
     """Largest gradient norm over all that trains; null does not clip."""
     layer_decay: float = Field(1.0, gt=0, le=1)

@@ -53,6 +53,22 @@ class Result:
 class Evaluator(Config):
     """One way to tell what a frozen backbone is worth; picked in YAML by `name:`."""
 
+    name: str
+    """Picks the evaluator; subclasses make it a `Literal`."""
+
+    @property
+    def label(self) -> str:
+        """What its results are called; results of one label are compared from model to model."""
+        return self.name
+
+    @property
+    def fair_after_labels(self) -> bool:
+        """Whether it can judge a backbone that has learnt the labels of `train` and `val`.
+
+        Scoring those images, or learning anew from few of them, would flatter such a backbone.
+        """
+        return True
+
     @abstractmethod
     def evaluate(self, train: Features, val: Features, test: Features) -> Iterator[Result]:
         """Fit on `train`, choose on `val`, score on `test`.

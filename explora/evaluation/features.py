@@ -111,7 +111,9 @@ def extract(
         RunError: the cache cannot be written.
     """
     blocks = min(blocks, vit.depth)
-    recipe = [weights_hash, shards.fingerprint, view.model_dump(mode="json"), blocks]
+    # two architectures may hold equal tensors: options such as the number of heads leave no trace in them
+    architecture = [vit.name, vit.options, vit.image_size, weights_hash]
+    recipe = [architecture, shards.fingerprint, view.model_dump(mode="json"), blocks]
     path = Path(cache_dir) / _cache_name(*recipe, precision_on(device, precision))
     cached = _load(path, shards.fingerprint, shards.classes)
     if cached is not None:

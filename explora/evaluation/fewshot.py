@@ -32,6 +32,14 @@ class FewShot(Evaluator):
     seed: int = 0
     """Seed of the draws."""
 
+    @property
+    def label(self) -> str:
+        return f"{self.name}_{self.shots}"
+
+    @property
+    def fair_after_labels(self) -> bool:
+        return False
+
     def evaluate(self, train: Features, val: Features, test: Features) -> Iterator[Result]:
         known = known_classes(train, val, test)
         both = train.join(val)
@@ -44,4 +52,4 @@ class FewShot(Evaluator):
             fit = Problem(x, encode(known, few.labels), len(known)).solve(self.C / max(spread, 1e-12))
             correct += (known[fit.predict(x_test)] == test.labels).numpy()
         selected = {"shots": self.shots, "draws": self.draws, "C": self.C}
-        yield Result.over(self.name, correct / self.draws, selected)
+        yield Result.over(self.label, correct / self.draws, selected)

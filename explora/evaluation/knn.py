@@ -32,13 +32,21 @@ class KNN(Evaluator):
     weighted: bool = True
     """Whether nearer neighbours count more; otherwise all k votes are equal."""
     leave_one_out: bool = False
-    """Whether every image of train, val and test is scored against all others; takes a single k."""
+    """Whether every image of train, val and test is scored against all others (`knn_loo`); takes a single k."""
 
     @model_validator(mode="after")
     def _single_k_without_validation(self) -> KNN:
         if self.leave_one_out and len(self.k) > 1:
             raise ValueError("leave_one_out leaves no images to choose k on; give a single k, for example k: [10]")
         return self
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}_loo" if self.leave_one_out else self.name
+
+    @property
+    def fair_after_labels(self) -> bool:
+        return not self.leave_one_out
 
     def evaluate(self, train: Features, val: Features, test: Features) -> Iterator[Result]:
         known = known_classes(train, val, test)
@@ -52,7 +60,7 @@ class KNN(Evaluator):
             images = test
             selected = self._choose(train, val, known)
             predictions = self.predict(bank, images, known, [selected["k"]])[0]
-        yield Result.over(self.name, (predictions == images.labels).numpy(), selected, predictions.numpy())
+        yield Result.over(self.label, (predictions == images.labels).numpy(), selected, predictions.numpy())
 
     def predict(self, bank: Features, queries: Features | None, known: Tensor, k: Sequence[int]) -> Tensor:
         """Labels (len(k), N) of the queries, or of the bank's own images each left out of its own vote.

@@ -44,7 +44,7 @@ class LogisticRegression(Evaluator):
         refit = Problem(both.matrix(self.blocks, self.avgpool), encode(known, both.labels), len(known))
         predictions = known[refit.solve(c, start).predict(test.matrix(self.blocks, self.avgpool))]
         selected = {"C": c, "blocks": self.blocks, "avgpool": self.avgpool, "val_accuracy": best}
-        yield Result.over(self.name, (predictions == test.labels).numpy(), selected, predictions.numpy())
+        yield Result.over(self.label, (predictions == test.labels).numpy(), selected, predictions.numpy())
 
 
 class Fit(NamedTuple):

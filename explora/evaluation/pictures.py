@@ -35,7 +35,8 @@ def pca_pictures(patches: Tensor, like: np.ndarray | None = None) -> np.ndarray:
 
 def _follow(parts: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Columns of `parts` reordered and signed to correlate with those of `reference`."""
-    correlation = np.nan_to_num(np.corrcoef(parts.T, reference.T)[:3, 3:])
+    with np.errstate(invalid="ignore", divide="ignore"):  # a collapsed backbone correlates with nothing
+        correlation = np.nan_to_num(np.corrcoef(parts.T, reference.T)[:3, 3:])
     # Three components: of the six ways to pair them, the one with the largest total correlation.
     order = max(permutations(range(3)), key=lambda rows: sum(abs(correlation[row, i]) for i, row in enumerate(rows)))
     signs = [-1.0 if correlation[row, column] < 0 else 1.0 for column, row in enumerate(order)]

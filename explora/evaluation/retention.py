@@ -30,11 +30,13 @@ def linear_cka(before: Features, after: Features) -> float:
     Raises:
         DataError: the two are not features of the same images, or one is the same for all images.
     """
-    x, y = (part - part.mean(0) for part in _pair(before, after))
-    norms = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
-    if norms == 0:
+    norm = torch.linalg.matrix_norm
+    tokens = _pair(before, after)
+    x, y = (part - part.mean(0) for part in tokens)
+    # what varies less than this is the rounding of float32 features, not the images
+    if any(norm(centred) <= 1e-6 * norm(part) for centred, part in zip((x, y), tokens, strict=True)):
         raise DataError("all images have the same features: the backbone has collapsed, CKA is undefined")
-    return float(torch.linalg.matrix_norm(y.T @ x) ** 2 / norms)
+    return float(norm(y.T @ x) ** 2 / (norm(x.T @ x) * norm(y.T @ y)))
 
 
 def rankme(features: Features) -> float:

@@ -48,17 +48,23 @@ class DINOv2Config(Config):
     """Settings of the objective; the defaults are the official short recipe's where it has them."""
 
     name: Literal["dinov2"] = "dinov2"
+    """Picks this objective."""
     head: HeadConfig = HeadConfig()
+    """Shape of the projection heads."""
     centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
     """How the teacher's targets keep all prototypes in use."""
     dino_weight: float = Field(1.0, ge=0)
+    """Weight of the loss on class tokens."""
     ibot_weight: float = Field(1.0, ge=0)
+    """Weight of the loss on masked patches."""
     koleo_weight: float = Field(0.1, ge=0)
+    """Weight of the loss that spreads the class tokens of a batch apart."""
     koleo_over: Literal["batch", "micro_batch"] = "batch"
     """Where KoLeo looks for neighbours; over the batch costs one more student pass when a step has micro-batches."""
     center_momentum: float = Field(0.9, ge=0, lt=1)
     """EMA momentum of the centres of `softmax`."""
     student_temperature: Temperature = 0.1
+    """Divides the student's scores before the softmax."""
     teacher_temperature: tuple[Temperature, Temperature] = (0.04, 0.07)
     """Start and end of the linear ramp."""
     temperature_warmup: LengthField = Length(30, "%")

@@ -20,9 +20,11 @@ class SupervisedConfig(Config):
     """Settings of supervised fine-tuning; the defaults are those of the ExPLoRA paper's LoRA-r8 recipe."""
 
     name: Literal["supervised"] = "supervised"
+    """Picks this objective."""
     pool: Literal["cls", "mean", "cls_mean"] = "mean"
     """Feature under the head: class token, mean of the patch tokens, or both side by side."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Share of each target that is spread evenly over all classes."""
     mixup: float = Field(0.0, ge=0)
     """Alpha of mixup; 0 is off."""
     cutmix: float = Field(0.0, ge=0)

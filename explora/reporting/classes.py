@@ -13,11 +13,10 @@ _MOST = 5
 
 
 def confusion(chain: Chain) -> dict[str, Any] | None:
-    """The adapted model's best evaluator on the target's test images, and its most changed classes."""
+    """The adapted model on the target's test images, by the first evaluator with predictions, and what changed."""
     labels, names = chain.arrays.get("target__labels"), chain.classes or []
-    rows = [row for row in chain.on("target") if row.model == "adapted" and row.metric == "top1"]
-    for row in sorted(rows, key=lambda row: -row.value):
-        adapted = chain.arrays.get(f"adapted__target__{row.evaluator}")
+    for row in [row for row in chain.on("target") if row.model in chain.models[1:2] and row.metric == "top1"]:
+        adapted = chain.arrays.get(f"{row.model}__target__{row.evaluator}")
         if labels is None or adapted is None or adapted.shape != labels.shape or not (labels >= 0).any():
             continue
         size = 1 + int(max(labels.max(), adapted.max()))
@@ -25,12 +24,12 @@ def confusion(chain: Chain) -> dict[str, Any] | None:
         matrix = np.zeros((size, size), dtype=np.int64)
         known = (labels >= 0) & (adapted >= 0)
         np.add.at(matrix, (labels[known], adapted[known]), 1)
-        before = chain.arrays.get(f"baseline__target__{row.evaluator}")
+        before = chain.arrays.get(f"{chain.first}__target__{row.evaluator}")
         changed: list[dict[str, Any]] = []
         if before is not None and before.shape == labels.shape:
             changed = _changed(labels, before, adapted, names)
-        svg = figures.confusion(matrix, names)
-        return {"row": row, "svg": svg, "changed": changed, "mixed": _mixed(matrix, names)}
+        svg, large = figures.confusion(matrix, names), size > figures.FEW_CLASSES
+        return {"row": row, "svg": svg, "large": large, "changed": changed, "mixed": _mixed(matrix, names)}
     return None
 
 

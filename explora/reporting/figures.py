@@ -22,17 +22,24 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from explora.reporting import words
-from explora.reporting.folder import MODELS, Chain, Row
+from explora.reporting.folder import Chain
+from explora.reporting.rows import Row
 
 # Stand-ins that the SVG is drawn with; the page decides what they look like, by day and by night.
 PAPER, INK, MUTED, RULE, ACCENT = "#fffffd", "#1b1b19", "#6b6b67", "#d9d9d4", "#0f6e5c"
 _VARIABLES = {PAPER: "--paper", INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent"}
 _PICTURE = "#2f9e86"  # the accent where it cannot follow the page: legible on light and dark
-_STYLE: dict[str, dict[str, Any]] = {
-    "baseline": {"marker": "o", "color": MUTED, "markerfacecolor": PAPER},
-    "adapted": {"marker": "o", "color": ACCENT, "markerfacecolor": ACCENT},
-    "finetuned": {"marker": "D", "color": INK, "markerfacecolor": INK},
-}
+# By a model's place; more than six models share looks.
+_STYLES: list[dict[str, Any]] = [
+    {"marker": "o", "color": MUTED, "markerfacecolor": PAPER},
+    {"marker": "o", "color": ACCENT, "markerfacecolor": ACCENT},
+    {"marker": "D", "color": INK, "markerfacecolor": INK},
+    {"marker": "s", "color": ACCENT, "markerfacecolor": PAPER},
+    {"marker": "^", "color": INK, "markerfacecolor": PAPER},
+    {"marker": "v", "color": MUTED, "markerfacecolor": MUTED},
+]
+FEW_CLASSES = 10
+"""Up to here a confusion matrix is small enough for a telephone."""
 _FIRST_CURVES = ("loss", "dino", "ibot", "koleo", "lr")
 _MOST_CURVES, _MOST_POINTS = 12, 300
 
@@ -40,14 +47,15 @@ _MOST_CURVES, _MOST_POINTS = 12, 300
 def dots(chain: Chain, data: str) -> Markup:
     """All models by all evaluators on `data`: value and 95 % interval, in percent."""
     columns = chain.columns(data)
-    found = [[row for model in MODELS if (row := chain.row(model, data, column))] for column in columns]
-    models = [model for model in MODELS if any(row.model == model for rows in found for row in rows)]
+    found = [[row for model in chain.models if (row := chain.row(model, data, column))] for column in columns]
+    models = [model for model in chain.models if any(row.model == model for rows in found for row in rows)]
+    styles = {model: _STYLES[chain.models.index(model) % len(_STYLES)] for model in models}
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for place, rows in enumerate(found):
             for line, row in enumerate(rows):
-                _dot(axes, place + 0.22 * (line - (len(rows) - 1) / 2), row)
+                _dot(axes, place + 0.22 * (line - (len(rows) - 1) / 2), row, styles[row.model])
         axes.set_yticks(range(len(columns)), [_wrap(words.column_name(column)) for column in columns])
         axes.set_ylim(len(columns) - 0.45, -0.55)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -56,16 +64,15 @@ def dots(chain: Chain, data: str) -> Markup:
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("top-1, %" if {column.metric for column in columns} == {"top1"} else "%")
         axes.set_xlim(max(0.0, axes.get_xlim()[0]), min(100.5, axes.get_xlim()[1]))
-        key = [Line2D([], [], linestyle="", markersize=4.6, label=model, **_STYLE[model]) for model in models]
+        key = [Line2D([], [], linestyle="", markersize=4.6, label=_short(model), **styles[model]) for model in models]
         figure.legend(handles=key, loc="outside upper left", ncols=3, handletextpad=0.1, columnspacing=1.2)
 
     return svg(f"dots {data}", (4.1, 0.75 + len(columns) * (0.1 + 0.24 * max(2, len(models)))), draw)
 
 
-def _dot(axes: Axes, y: float, row: Row) -> None:
+def _dot(axes: Axes, y: float, row: Row, style: dict[str, Any]) -> None:
     if not math.isfinite(row.value + row.low + row.high):
         return
-    style = _STYLE[row.model]
     axes.plot([row.low, row.high], [y, y], color=style["color"], linewidth=1.1, solid_capstyle="butt")
     axes.plot([row.value], [y], linestyle="", markersize=4.6, **style)
     number = axes.text(1.02, y, words.percent(row.value), transform=axes.get_yaxis_transform(), va="center")
@@ -101,13 +108,13 @@ def _curve(key: str, pairs: np.ndarray) -> Markup:
         axes.set_xlim(0, max(steps[-1], 1))
         axes.margins(y=0.12)
 
-    return svg(f"curve {key}", (2.5, 1.45), draw)
+    return svg(f"curve {key}", (2.0, 1.35), draw)
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Markup:
     """Counts, rows true and columns predicted; each row's share of its class as depth of the accent."""
     many = len(classes) > 40
-    side = 3.5 if len(classes) <= 10 else 6.6
+    side = 4.2 if len(classes) <= FEW_CLASSES else 6.6
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()

@@ -4,47 +4,17 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from explora.errors import RunError
+from explora.reporting.rows import Results, Row, gather
 
-MODELS = ("baseline", "adapted", "finetuned")
-EVALUATORS = ("linear", "logreg", "knn", "fewshot", "head")
 STAGES = ("pretrain", "finetune")
-
-
-class Column(NamedTuple):
-    """What is measured: one evaluator and one of its metrics."""
-
-    evaluator: str
-    metric: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of `probe/results.jsonl`; values in percent, `difference` paired to the baseline."""
-
-    model: str
-    data: str
-    evaluator: str
-    metric: str
-    value: float
-    low: float
-    high: float
-    n: int
-    selected: Mapping[str, Any] | None = None
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
-
-    @property
-    def column(self) -> Column:
-        return Column(self.evaluator, self.metric)
+ROLES = ("pretrain", "train", "test", "source_train", "source_test")
 
 
 @dataclass(frozen=True)
@@ -60,11 +30,10 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Chain:
-    """Everything the report knows; rows in reading order, arrays and pictures as the probe left them."""
+class Chain(Results):
+    """Everything the report knows; arrays and pictures as the probe left them."""
 
     path: Path
-    rows: list[Row]
     stages: list[Stage]
     shards: dict[str, dict[str, Any]]
     classes: list[str] | None
@@ -73,22 +42,11 @@ class Chain:
     config: str | None
     environment: dict[str, Any]
 
-    def on(self, data: str) -> list[Row]:
-        """The rows measured on `target` or `source`."""
-        return [row for row in self.rows if row.data == data]
-
-    def columns(self, data: str) -> list[Column]:
-        """What was measured on `data`, in reading order."""
-        return sorted({row.column for row in self.on(data)}, key=_column_place)
-
-    def row(self, model: str, data: str, column: Column) -> Row | None:
-        """The row of a model, or None where it was not measured."""
-        return next((row for row in self.on(data) if row.model == model and row.column == column), None)
-
     def data_name(self, data: str) -> str:
-        """What the shards of `target` or `source` call themselves, else `the target data`."""
-        keys = sorted((key for key in self.shards if key.startswith(data)), key=lambda key: (key != data, key))
-        return str(self.shards[keys[0]].get("name", keys[0])) if keys else f"the {data} data"
+        """What the shards of `target` or `source` call themselves; `the target data` where that says nothing."""
+        roles = ("test", "train") if data == "target" else ("source_test",)
+        names = [str(self.shards[role].get("name", role)) for role in roles if role in self.shards]
+        return next((name for name in names if name not in ROLES), f"the {data} data")
 
 
 def read_chain(run: Path) -> Chain:
@@ -106,11 +64,13 @@ def read_chain(run: Path) -> Chain:
             f"{run}: not the folder of a run: it holds neither probe/results.jsonl nor a stage with a "
             "summary.json; give the folder that `explora run` wrote, the one that holds pretrain/ and probe/"
         )
+    found = gather(_rows(results))
     return Chain(
+        rows=found.rows,
+        models=found.models,
         path=run,
-        rows=_rows(results),
         stages=sorted(stages, key=lambda stage: _place(STAGES, stage.name)),
-        shards={path.parent.name: _mapping(path) for path in sorted(run.glob("shards/*/manifest.json"))},
+        shards={role: _mapping(path) for role in ROLES if (path := run / "shards" / role / "manifest.json").is_file()},
         classes=_classes(run / "probe" / "classes.json"),
         arrays=_arrays(run / "probe" / "predictions.npz"),
         pictures=_arrays(run / "probe" / "pictures.npz"),
@@ -122,10 +82,6 @@ def read_chain(run: Path) -> Chain:
 def _place(order: tuple[str, ...], name: str) -> tuple[int, str]:
     """Known names in their order, unknown ones after them by alphabet."""
     return (order.index(name) if name in order else len(order), name)
-
-
-def _column_place(column: Column) -> tuple[Any, ...]:
-    return (_place(EVALUATORS, column.evaluator), column.metric != "top1", column.metric)
 
 
 def _stage(folder: Path) -> Stage:
@@ -166,24 +122,15 @@ def _classes(path: Path) -> list[str] | None:
 
 
 def _rows(path: Path) -> list[Row]:
-    """Rows by (data, column, model); a row written again replaces the one before."""
-    known = [field.name for field in fields(Row)]
-    rows: dict[tuple[str, str, Column], Row] = {}
+    rows: list[Row] = []
     for number, line in enumerate((_text(path) or "").splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            raw = json.loads(line)
-            row = Row(**{key: raw[key] for key in known if key in raw})
-            _ = float(row.value), float(row.low), float(row.high), int(row.n)
+            rows.append(Row.of(dict(json.loads(line))))
         except (TypeError, ValueError) as error:
             raise RunError(f"{path}, line {number}: not a row of results ({error}); run the probe again") from None
-        rows[row.model, row.data, row.column] = row
-    place = {"target": 0, "source": 1}
-    return sorted(
-        rows.values(),
-        key=lambda r: (place.get(r.data, 2), r.data, _column_place(r.column), _place(MODELS, r.model)),
-    )
+    return rows
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -199,7 +146,7 @@ def _metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
         except json.JSONDecodeError:
             torn += 1
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and "event" not in row:
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)], torn
 

@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from explora.errors import RunError
 from explora.reporting import figures, words
 from explora.reporting.classes import confusion
-from explora.reporting.folder import MODELS, Chain, Row, read_chain
+from explora.reporting.folder import Chain, read_chain
+from explora.reporting.rows import Column, Row
 from explora.reporting.trust import trust
 from explora.runs import write_atomically
 
@@ -48,6 +49,8 @@ def render(chain: Chain) -> str:
         trim_blocks=True,
     )
     pages.filters.update(percent=words.percent, points=words.points, count=words.count, duration=words.duration)
+    pages.filters.update(decimal=words.decimal)
+    classes = confusion(chain)
     return pages.get_template("page.html").render(
         chain=chain,
         words=words,
@@ -55,23 +58,25 @@ def render(chain: Chain) -> str:
         headline=words.headline(chain),
         strip=list(_strip(chain)),
         comparisons={data: list(_comparisons(chain, data)) for data in ("target", "source")},
+        moved=_moved(chain),
         plots={data: figures.dots(chain, data) for data in ("target", "source") if chain.on(data)},
         curves=[(stage, figures.curves(stage.metrics)) for stage in chain.stages],
-        confusion=confusion(chain),
+        confusion=classes,
         pictures=list(_pictures(chain)),
         picture_models=_picture_models(chain),
         trust=list(trust(chain)),
         configs=list(_configs(chain)),
-        missing=list(_missing(chain)),
+        missing=list(_missing(chain, classes is not None)),
     )
 
 
 def _strip(chain: Chain) -> Iterator[tuple[str, str, str, str]]:
     """The figures under the headline: (label, figure, small print, verdict or nothing)."""
-    for data, label in (("target", "Change on target, points"), ("source", "Change on source, points")):
+    for data in ("target", "source"):
         found = words.subject(chain, data)
         if found and found[1] and words.verdict(found[0]) != "unknown":
-            yield label, words.points(found[0].difference), words.interval(found[0]), words.verdict(found[0])
+            row, label = found[0], f"Change on {chain.data_name(data)}"
+            yield label, words.points(row.difference), f"points, {words.interval(row)}", words.verdict(row)
     for stage in chain.stages[:1]:
         get = stage.summary.get
         part = words.share(get("trained_parameters"), get("total_parameters"))
@@ -80,16 +85,34 @@ def _strip(chain: Chain) -> Iterator[tuple[str, str, str, str]]:
         yield f"{words.name(stage.name)} time", words.duration(get("seconds")), pace, ""
 
 
-def _comparisons(chain: Chain, data: str) -> Iterator[tuple[Row, Row | None, str]]:
-    """Every model but the baseline, by evaluator: the row, its baseline and the verdict in words."""
+def _comparisons(chain: Chain, data: str) -> Iterator[tuple[str, Column, Row | None, Row | None, str]]:
+    """Every model but the first, by evaluator: its row (None: left out), the first model's, the verdict in words."""
     said = {"gain": "gain", "loss": "loss", "unclear": "not clear", "unknown": "no comparison"}
-    for row in chain.on(data):
-        if row.model != "baseline":
-            yield row, chain.row("baseline", data, row.column), said[words.verdict(row)]
+    for column in chain.columns(data):
+        first = chain.row(chain.first, data, column)
+        for model in chain.models[1:]:
+            row = chain.row(model, data, column)
+            if row:
+                yield model, column, row, first, said[words.verdict(row)]
+            elif column in chain.left_out(model, data):
+                yield model, column, None, first, "left out"
+
+
+def _moved(chain: Chain) -> list[tuple[str, list[float | None]]]:
+    """For each model but the first: cosine drift and CKA on the target, then on the source, where measured."""
+    found: list[tuple[str, list[float | None]]] = []
+    for model in chain.models[1:]:
+        rows = [next((row for row in chain.on(data) if row.model == model), None) for data in ("target", "source")]
+        numbers = [number for row in rows for number in ((row.cosine_drift, row.cka) if row else (None, None))]
+        if any(number is not None for number in numbers):
+            found.append((model, numbers))
+    return found
 
 
 def _picture_models(chain: Chain) -> list[str]:
-    return [model for model in MODELS if f"{model}__pca" in chain.pictures and "images" in chain.pictures]
+    """In the order of the probe; without its rows too."""
+    found = [key.removesuffix("__pca") for key in chain.pictures if key.endswith("__pca")]
+    return found if "images" in chain.pictures else []
 
 
 def _pictures(chain: Chain) -> Iterator[list[str]]:
@@ -114,7 +137,7 @@ def _configs(chain: Chain) -> Iterator[tuple[str, str]]:
             yield stage.name, stage.config
 
 
-def _missing(chain: Chain) -> Iterator[str]:
+def _missing(chain: Chain, confusion: bool) -> Iterator[str]:
     """What this run does not have, so that nobody looks for it."""
     if not chain.rows:
         yield "The run was not probed: there is no probe/results.jsonl."
@@ -124,7 +147,7 @@ def _missing(chain: Chain) -> Iterator[str]:
         yield "No source data was probed."
     if not any(stage.metrics for stage in chain.stages):
         yield "No training curves: no metrics were logged."
-    if not any(key.startswith("adapted__target__") for key in chain.arrays):
+    if not confusion:
         yield "No confusion matrix: the probe left no predictions of an adapted model."
     if not _picture_models(chain):
         yield "No pictures of patch features: the probe left none."

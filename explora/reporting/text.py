@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from explora.reporting import words
-from explora.reporting.folder import MODELS, Chain, Column, Row, read_chain
+from explora.reporting.folder import Chain, read_chain
+from explora.reporting.rows import Column, Results, Row, gather
 
-_ACROSS = 3  # evaluators side by side, so that a line fits 80 characters
+_WIDTH = 80
+_CELL = 22  # `+10.0 [-10.0, +10.0]` and the gap before it
 
 
 def table(run: Path) -> str:
@@ -20,34 +24,52 @@ def table(run: Path) -> str:
         RunError: the folder is missing or holds no run.
     """
     chain = read_chain(Path(run))
-    blocks = [
-        block
-        for data in dict.fromkeys(["target", "source", *(row.data for row in chain.rows)])
-        for block in _blocks(chain, data)
-    ]
-    return "\n\n".join([*blocks, _cost(chain)]).replace("−", "-").replace("–", "-")
+    return _plain([*_results(chain), _cost(chain)])
 
 
-def _blocks(chain: Chain, data: str) -> list[str]:
-    columns = chain.columns(data)
+def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same for rows of `results.jsonl` alone, without what training cost."""
+    return _plain(_results(gather(map(Row.of, rows))))
+
+
+def _plain(blocks: Sequence[str]) -> str:
+    """For terminals that may know ASCII only."""
+    return "\n\n".join(blocks).replace("−", "-").replace("–", "-")
+
+
+def _results(results: Results) -> list[str]:
+    places = dict.fromkeys(["target", "source", *(row.data for row in results.rows)])
+    return [block for data in places for block in _blocks(results, data)]
+
+
+def _blocks(results: Results, data: str) -> Iterator[str]:
+    columns = results.columns(data)
     if not columns:
-        return [f"{data}: not measured"]
-    groups = [columns[first : first + _ACROSS] for first in range(0, len(columns), _ACROSS)]
-    return [_block(chain, data, group) for group in groups]
+        yield f"{data}: not measured"
+    widest = max(map(len, ["  images", f"    - {results.first}", *(f"  {model}" for model in results.models)]))
+    across = max(1, (_WIDTH - widest) // _CELL)
+    for first in range(0, len(columns), across):
+        yield _block(results, data, columns[first : first + across])
+    notes = words.footnotes(results, data)
+    if notes:
+        yield "\n".join(textwrap.fill(note, _WIDTH, initial_indent="  ", subsequent_indent="  ") for note in notes)
 
 
-def _block(chain: Chain, data: str, columns: Sequence[Column]) -> str:
-    images = max(row.n for row in chain.on(data))
-    title = f"{data}, n {images}"
-    lines = [[title, *(f"{column.evaluator} {words.name(column.metric)}" for column in columns)]]
-    for model in MODELS:
-        found = [chain.row(model, data, column) for column in columns]
-        if not any(found):
+def _block(results: Results, data: str, columns: Sequence[Column]) -> str:
+    lines = [[data, *(f"{column.evaluator} {words.name(column.metric)}" for column in columns)]]
+    lines.append(["  images", *(_images(results, data, column) for column in columns)])
+    for model in results.models:
+        found = [results.row(model, data, column) for column in columns]
+        if not any(found) and not set(columns) & set(results.left_out(model, data)):
             continue
         lines.append([f"  {model}", *(_value(row) for row in found)])
         if any(row and row.difference is not None for row in found):
-            lines.append(["    - baseline", *(_difference(row) for row in found)])
+            lines.append([f"    - {results.first}", *(_difference(row) for row in found)])
     return _align(lines)
+
+
+def _images(results: Results, data: str, column: Column) -> str:
+    return words.count(next(row.n for row in results.on(data) if row.column == column))
 
 
 def _value(row: Row | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,10 +14,10 @@ def trust(chain: Chain) -> Iterator[tuple[str, list[str]]]:
     """What a sceptic asks, with the answers."""
     target, seeds = chain.on("target"), _seeds(chain)
     if target:
-        images, where = words.count(max(row.n for row in target)), chain.data_name("target")
+        images = " and ".join(dict.fromkeys(words.images(row) for row in target))
         paired = "Differences are paired: both models answer the same images."
         seed = "They do not cover the luck of a training seed; a repeated run with another seed does."
-        yield "Intervals", [f"95 %, over {images} test images of {where}. {paired}", seed]
+        yield "Intervals", [f"95 %, over {images} of {chain.data_name('target')}. {paired}", seed]
         chosen = "Settings were chosen on validation images, never on the test images."
         yield "Selection", [chosen, *_selected(chain)]
     yield "Seeds", seeds or ["No seed is recorded in the config."]
@@ -33,14 +32,15 @@ def trust(chain: Chain) -> Iterator[tuple[str, list[str]]]:
 
 def _shards(key: str, manifest: Mapping[str, Any]) -> str:
     images, classes = words.count(manifest.get("samples")), len(manifest.get("classes") or []) or "no"
-    name, fingerprint = manifest.get("name", "?"), str(manifest.get("fingerprint", "?"))[:16]
-    return f"{key}: {name}, {images} images, {classes} classes, fingerprint {fingerprint}"
+    name, fingerprint = manifest.get("name", key), str(manifest.get("fingerprint", "?"))[:16]
+    called = "" if name == key else f"{name}, "
+    return f"{key}: {called}{images} images, {classes} classes, fingerprint {fingerprint}"
 
 
 def _environment(environment: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     command = environment.get("command")
     if command:
-        yield "Command", [shlex.join(map(str, command)) if isinstance(command, list) else str(command)]
+        yield "Command", [str(command)]
     git = environment.get("git") or {}
     if git.get("commit"):
         commit = str(git["commit"])[:12]
@@ -58,9 +58,11 @@ def _selected(chain: Chain) -> Iterator[str]:
     """One line an evaluator: what was chosen for each model."""
     for column in chain.columns("target"):
         rows = [row for row in chain.on("target") if row.column == column and row.selected]
-        chosen = [f"{row.model} {_pairs(row.selected or {})}" for row in rows]
+        chosen = [_pairs(row.selected or {}) for row in rows]
         if chosen:
-            yield f"{words.sentence(words.column_name(column))}: {'; '.join(chosen)}"
+            each = [f"{row.model} {text}" for row, text in zip(rows, chosen, strict=True)]
+            said = f"{chosen[0]}, the same for all" if len(rows) > 1 and len(set(chosen)) == 1 else "; ".join(each)
+            yield f"{words.sentence(words.column_name(column))}: {said}"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

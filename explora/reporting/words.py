@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
-from explora.reporting.folder import Chain, Column, Row, Stage
+from explora.reporting.folder import Chain, Stage
+from explora.reporting.rows import Column, Results, Row
 
 Verdict = Literal["gain", "loss", "unclear", "unknown"]
 
@@ -13,7 +15,7 @@ NAMES = {
     "linear": "linear probe",
     "logreg": "logistic regression",
     "knn": "k-nearest neighbours",
-    "fewshot": "few-shot probe",
+    "knn_loo": "k-nearest neighbours, leave-one-out",
     "head": "trained head",
     "top1": "top-1",
     "pretrain": "Pretraining",
@@ -25,7 +27,7 @@ NAMES = {
 
 def name(key: str) -> str:
     """How the page calls an evaluator, metric, stage or the step that made a model."""
-    return NAMES.get(key, key)
+    return NAMES.get(key, re.sub(r"^fewshot_(\d+)$", r"\1-shot linear probe", key))
 
 
 def column_name(column: Column) -> str:
@@ -72,6 +74,29 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def decimal(value: float | None) -> str:
+    """Three decimals, without a sign on zero."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}".replace("-0.000", "0.000")
+
+
+def images(row: Row) -> str:
+    """What a row was measured on; leave-one-out scores the training images too."""
+    return f"{count(row.n)} {'training and test' if row.evaluator == 'knn_loo' else 'test'} images"
+
+
+def footnotes(results: Results, data: str) -> list[str]:
+    """What the rows of `data` cannot say themselves: which images leave-one-out covers, and why some are absent."""
+    notes = []
+    whole = next((row for row in results.on(data) if row.evaluator == "knn_loo"), None)
+    if whole:
+        notes.append(f"Leave-one-out covers all {images(whole)}, each scored against all others.")
+    for model in results.models[1:]:
+        if results.left_out(model, data):
+            why = "it has learnt the labels of the training images, so scoring them"
+            notes.append(f"A dash for {model}: {why}, or learning from a few of them, would flatter it.")
+    return notes
+
+
 def verdict(row: Row) -> Verdict:
     """A gain or loss only where the whole 95 % interval of the paired difference lies on one side of zero."""
     low, high = row.difference_low, row.difference_high
@@ -91,12 +116,12 @@ def subject(chain: Chain, data: str) -> tuple[Row, Row | None] | None:
     """The row a headline is about, and its baseline.
 
     The evaluator is the first in a fixed order that measured both, never the one with the best
-    number: choosing on test results would flatter. The adapted model goes before the fine-tuned.
+    number: choosing on test results would flatter. Models come in the order of the probe.
     """
     fallback: tuple[Row, Row | None] | None = None
-    for model in ("adapted", "finetuned"):
+    for model in chain.models[1:]:
         for column in chain.columns(data):
-            row, baseline = chain.row(model, data, column), chain.row("baseline", data, column)
+            row, baseline = chain.row(model, data, column), chain.row(chain.first, data, column)
             if row and baseline:
                 return row, baseline
             fallback = fallback or ((row, None) if row else None)
@@ -109,7 +134,7 @@ def headline(chain: Chain) -> tuple[str, str]:
     if found is None:
         return ("Nothing was measured yet.", "This run holds no probe result of an adapted model.")
     row, baseline = found
-    what, test = name(row.model), f"{count(row.n)} test images"
+    what, test = name(row.model), images(row)
     scored = f"{sentence(column_name(row.column))}: {percent(row.value)} % on {test}"
     if baseline is None:
         return (
@@ -144,7 +169,7 @@ def size(row: Row) -> str:
 def tally(chain: Chain, data: str) -> str:
     """How many evaluators agree, model by model."""
     lines = []
-    for model in ("adapted", "finetuned"):
+    for model in chain.models[1:]:
         found = [verdict(row) for row in chain.on(data) if row.model == model]
         known = [item for item in found if item != "unknown"]
         if len(known) > 1:
@@ -155,13 +180,13 @@ def tally(chain: Chain, data: str) -> str:
 
 
 def forgotten(chain: Chain) -> str:
-    """What was forgotten on the source data, for the adapted and the fine-tuned model."""
+    """What was forgotten on the source data, model by model."""
     found = subject(chain, "source")
     if found is None:
         return "No source data was probed, so forgetting was not measured."
     where, column = chain.data_name("source"), found[0].column
-    rows = [row for row in chain.on("source") if row.model != "baseline" and row.column == column]
-    return " ".join(_kept(row, chain.row("baseline", "source", column), where) for row in rows)
+    rows = [row for row in chain.on("source") if row.model != chain.first and row.column == column]
+    return " ".join(_kept(row, chain.row(chain.first, "source", column), where) for row in rows)
 
 
 def _kept(row: Row, baseline: Row | None, where: str) -> str:

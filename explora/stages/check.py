@@ -12,61 +12,74 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from explora import config as configs
 from explora.config import Overrides
-from explora.data import ShardSet
+from explora.data import Center, MultiCrop, ShardSet
 from explora.models import ModelConfig, ViT
-from explora.objectives import Objective
+from explora.objectives import DINOv2, Objective
 from explora.stages import finetune, pretrain
+from explora.stages.finetune import FinetuneConfig, FinetuneSection
 from explora.stages.pipeline import RunConfig
+from explora.stages.pretrain import PretrainConfig, PretrainSection
+from explora.stages.probe import ProbeConfig
 from explora.stages.training import TrainingSection, blueprint, families, fit_views, parameter_counts, rehearse
 
 
 def check(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> str:
-    """Resolve a config of `run`, `pretrain` or `finetune` and say what it would do.
+    """Resolve a config of `run`, `pretrain`, `finetune` or `probe` and say what it would do.
 
     Returns:
-        The resolved config; for each stage effective learning rate, alpha / rank, trained and total parameters,
-        FLOPs per image and estimated memory; and what is missing before it can run.
+        The resolved config; for each training stage effective learning rate, alpha / rank, trained and total
+        parameters, FLOPs per image and estimated memory; for each probed model its size and FLOPs; and what is
+        missing before it can run.
 
     Raises:
         ExploraError: a mistake in the config.
     """
-    raw = configs.read(source, overrides)
-    lines: list[str] = []
-    if "pretrain" in raw or "data" in raw:
-        config = configs.validate(RunConfig, raw, source)
-        lines += [configs.dump(config), *_stage("pretrain", config.pretrain, config.model, config.data.train)]
-        if config.finetune is not None:
-            lines += _stage("finetune", config.finetune, config.model, config.data.train)
-        paths = {role: path for role, path in config.data if role != "recipe" and path}
-        lines += list(_problems(config.model, paths))
+    return "\n".join(_facts(configs.read(source, overrides), source))
+
+
+def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
+    """The kind of config shows in its keys; a stage of its own has neither data nor models."""
+    if "data" in raw or "pretrain" in raw:
+        chain = configs.validate(RunConfig, raw, source)
+        folders = {f"data.{role}": folder for role, folder in chain.data.folders().items()}
+        yield configs.dump(chain)
+        yield from _stage("pretrain", chain.pretrain, chain.model)
+        if chain.finetune is not None:
+            yield from _stage("finetune", chain.finetune, chain.model, chain.data.train)
+        yield _missing({**folders, **_weights("model", chain.model)})
+    elif "models" in raw:
+        probing = configs.validate(ProbeConfig, raw, source)
+        yield configs.dump(probing)
+        yield from _probe(probing)
     elif "train" in raw:
-        tuning = configs.validate(finetune.FinetuneConfig, raw, source)
-        lines += [configs.dump(tuning), *_stage("finetune", tuning, tuning.model, tuning.train)]
-        lines += list(_problems(tuning.model, {"train": tuning.train}))
+        tuning = configs.validate(FinetuneConfig, raw, source)
+        yield configs.dump(tuning)
+        yield from _stage("finetune", tuning, tuning.model, tuning.train)
+        yield _missing({"train": tuning.train, **_weights("model", tuning.model)})
     else:
-        training = configs.validate(pretrain.PretrainConfig, raw, source)
-        lines += [configs.dump(training), *_stage("pretrain", training, training.model, training.shards)]
-        lines += list(_problems(training.model, {"shards": training.shards}))
-    return "\n".join(lines)
+        training = configs.validate(PretrainConfig, raw, source)
+        yield configs.dump(training)
+        yield from _stage("pretrain", training, training.model)
+        yield _missing({"shards": training.shards, **_weights("model", training.model)})
 
 
-def _stage(stage: str, section: Any, model: ModelConfig, shards: str) -> Iterator[str]:
+def _stage(
+    stage: str, section: PretrainSection | FinetuneSection, model: ModelConfig, labelled: str = ""
+) -> Iterator[str]:
     """The facts of one training stage, from a model without memory behind its weights."""
-    # A config can be checked before its weights have arrived, if it names the architecture itself.
-    absent = model.name and model.weights not in (None, "timm") and not Path(str(model.weights)).exists()
-    vit = blueprint(model.model_copy(update={"weights": None}) if absent else model)
-    flops = flops_per_image(vit)
-    if isinstance(section, pretrain.PretrainSection):
-        objective = rehearse(section, vit, partial(pretrain.build, section))
+    vit = _sketch(model)
+    flops = flops_per_image(vit, vit.image_size)
+    if isinstance(section, PretrainSection):
+        objective: Objective = rehearse(section, vit, partial(pretrain.build, section))
     else:
-        objective = rehearse(section, vit, partial(finetune.build, section, classes=_classes(shards)))
+        objective = rehearse(section, vit, partial(finetune.build, section, classes=_classes(Path(labelled))))
     counts = parameter_counts(objective)
     peak = section.optim.peak(section.optim.lr, section.batch_size)
     yield f"{stage}"
     yield f"  model                 {vit.name}, {vit.image_size} px, patch {vit.patch_size}"
     yield f"  effective peak lr     {peak:.3g} (lr {section.optim.lr:g}, rule {section.optim.lr_rule})"
     for rule in section.optim.rules:
-        yield f"    {rule.match:<20}{section.optim.peak(rule.lr, section.batch_size):.3g}"
+        yield f"    {rule.match:<19} {section.optim.peak(rule.lr, section.batch_size):.3g}"
     scale = section.adapt.scale
     yield f"  alpha / rank          {'-' if scale is None else f'{scale:g}'}"
     share = 100 * counts["trained_parameters"] / counts["total_parameters"]
@@ -77,40 +90,84 @@ def _stage(stage: str, section: Any, model: ModelConfig, shards: str) -> Iterato
     yield f"  trained               {', '.join(families(vit))}"
     yield f"  head parameters       {counts['head_parameters']:,}"
     yield f"  FLOPs per image       {flops / 1e9:.3g} G (backbone forward, multiply-add = 2)"
-    yield f"  estimated memory      {memory(objective, section, vit) / 2**30:.2f} GiB (weights, optimizer, activations)"
+    yield f"  estimated memory      {memory(objective, section) / 2**30:.2f} GiB (weights, optimizer, activations)"
     yield ""
 
 
-def flops_per_image(vit: ViT) -> int:
-    """FLOPs of one forward pass at the backbone's own size, by torch's counter on tensors without memory."""
-    image = torch.empty(1, 3, vit.image_size, vit.image_size, device="meta")
+def _probe(config: ProbeConfig) -> Iterator[str]:
+    """What is known of the models before any image is seen."""
+    roles: dict[str, str | None] = {"train": config.train, "test": config.test}
+    roles |= {"source_train": config.source_train, "source_test": config.source_test}
+    yield "probe"
+    for name, model in config.models.items():
+        roles |= {**_weights(f"models.{name}", model), f"models.{name}.head": model.head}
+        if model.name is None and _absent(model):
+            yield f"  {name:<20}  known when {model.weights} is there"
+            continue
+        vit = _sketch(model)
+        side = fit_views(config.view or Center(), vit).size
+        total, flops = sum(p.numel() for p in vit.parameters()), flops_per_image(vit, side) / 1e9
+        yield f"  {name:<20}  {vit.name}, {side} px, patch {vit.patch_size}, {total:,} parameters, {flops:.3g} GFLOPs"
+    yield ""
+    yield _missing(roles)
+
+
+def _sketch(model: ModelConfig) -> ViT:
+    """A config can be checked before its weights have arrived, if it names the architecture itself."""
+    return blueprint(model.model_copy(update={"weights": None}) if model.name and _absent(model) else model)
+
+
+def _absent(model: ModelConfig) -> bool:
+    return any(not Path(path).exists() for path in _weights("", model).values())
+
+
+def _weights(key: str, model: ModelConfig) -> dict[str, str]:
+    """The weights file that a model needs, by its key in the config."""
+    return {} if model.weights is None or model.weights == "timm" else {f"{key}.weights": model.weights}
+
+
+def flops_per_image(vit: ViT, side: int) -> int:
+    """FLOPs of one forward pass at a side of so many pixels, by torch's counter on tensors without memory."""
+    image = torch.empty(1, 3, side, side, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vit.features(image)
     return counter.get_total_flops()
 
 
-def memory(objective: Objective, section: TrainingSection, vit: ViT) -> float:
-    """A rough estimate in bytes: fp32 weights, two moments, gradient and teacher of what trains, activations."""
+def memory(objective: Objective, section: TrainingSection) -> float:
+    """A rough estimate in bytes: fp32 weights with any teacher's, two moments and gradient of what trains, activations.
+
+    Per token and block about 19 values of the width stay for the backward pass, half of them in bf16.
+    """
+    vit, views = objective.backbone, fit_views(section.views, objective.backbone)
+    held = sum(tensor.numel() for tensor in (*objective.frozen().values(), *objective.learnt().values()))
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in objective.frozen().values())
-    sides = fit_views(section.views, vit).sides()
-    tokens = sum((side // vit.patch_size) ** 2 + vit.prefix_tokens for side in sides)
-    images = section.batch_size / section.micro_batches
-    # Per token and block about 19 values of the width stay for the backward pass, half of them in bf16.
+    tokens = sum((side // vit.patch_size) ** 2 + vit.prefix_tokens for side in views.sides())
+    images = section.batch_size // section.micro_batches
     activations = images * tokens * vit.depth * vit.width * 19 * 3
-    return 4 * frozen + 20 * trained + activations
+    if isinstance(objective, DINOv2) and isinstance(views, MultiCrop):
+        activations += objective.prototypes * _rows(views, images, section.batch_size) * 4 * 4
+    return 4 * held + 12 * trained + activations
 
 
-def _classes(shards: str) -> int:
+def _rows(views: MultiCrop, images: int, batch: int) -> int:
+    """Rows of prototype scores: the student's of a micro-batch and the teacher's of a step.
+
+    Each row is there about four times in fp32: as score, as (log-)probability, and what Sinkhorn or backward adds.
+    """
+    patches = (views.global_size // views.patch_size) ** 2
+    masked = 2 * patches * views.mask_probability * sum(views.mask_ratio) / 2
+    return round(images * (2 + views.local_crops + masked) + batch * (2 + masked))
+
+
+def _classes(shards: Path) -> int:
     """Classes of packed or raw data; 2 where it is not there yet."""
-    if (Path(shards) / "manifest.json").is_file():
+    if (shards / "manifest.json").is_file():
         return len(ShardSet.open(shards).classes or ()) or 2
-    folder = Path(shards)
-    return sum(path.is_dir() for path in folder.iterdir()) or 2 if folder.is_dir() else 2
+    return sum(path.is_dir() for path in shards.iterdir()) or 2 if shards.is_dir() else 2
 
 
-def _problems(model: ModelConfig, paths: Mapping[str, str]) -> Iterator[str]:
+def _missing(needed: Mapping[str, str | None]) -> str:
     """Files that stand in the way of a run because they are not there yet."""
-    needed = {**paths, "model.weights": model.weights if model.weights != "timm" else None}
-    problems = [f"{role}: {path} does not exist" for role, path in needed.items() if path and not Path(path).exists()]
-    yield "ready to run" if not problems else "\n  ".join(["before it can run:", *problems])
+    problems = [f"{key}: {path} does not exist" for key, path in needed.items() if path and not Path(path).exists()]
+    return "ready to run" if not problems else "\n  ".join(["before it can run:", *problems])

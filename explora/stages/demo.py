@@ -9,7 +9,7 @@ from explora.data import synthetic
 from explora.stages.pipeline import run
 from explora.stages.training import logger
 
-IMAGES = {
+IMAGES: dict[str, tuple[synthetic.Domain, synthetic.Split, int]] = {
     "train": ("scenes", "train", 100),
     "test": ("scenes", "test", 60),
     "source_train": ("photos", "train", 60),
@@ -27,12 +27,12 @@ def demo(out: str | Path = "runs/demo") -> Path:
         The report's path.
     """
     out = Path(out)
-    images = {role: out / "images" / role for role in IMAGES}
+    images = {role: out / "images" / domain / split for role, (domain, split, _) in IMAGES.items()}
     for role, (domain, split, count) in IMAGES.items():
         if not images[role].exists():
             images[role].parent.mkdir(parents=True, exist_ok=True)
             logger.info("drawing %d images: %s, %s", 10 * count, domain, split)
-            synthetic.write(images[role], domain, split, count)  # type: ignore[arg-type]
+            synthetic.write(images[role], domain, split, count)
     package = resources.files("explora") / "demo"
     with (
         resources.as_file(package / "demo.yaml") as config,

@@ -24,9 +24,11 @@ class FinetuneSection(TrainingSection):
     """What to learn from labels, and which part of the backbone may change."""
 
     adapt: AnyMethod = LoRA()
+    """Which part of the backbone may change, and how."""
     objective: SupervisedConfig = SupervisedConfig()
+    """The head and its loss."""
     views: Crop = Crop()
-
+    """The crop made of an image; size, mean and std that are left out follow the backbone."""
 
     @model_validator(mode="after")
     def _pairs_to_mix(self) -> FinetuneSection:

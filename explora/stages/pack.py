@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from explora.data import ShardSet
+from explora.data import SHARD_MB, ShardSet
 from explora.data import pack as write_shards
 from explora.errors import DataError
 from explora.stages.training import logger
@@ -16,9 +16,13 @@ from explora.stages.training import logger
 RECIPES = "explora.recipes"
 """Entry point group: each recipe is a function root -> (classes or None, iterator of RawSample)."""
 
+_SPLITS = frozenset({"train", "test", "val", "validation"})
 
-def pack(root: str | Path, out: str | Path, recipe: str = "folder", shard_mb: int = 256) -> ShardSet:
+
+def pack(root: str | Path, out: str | Path, recipe: str = "folder", shard_mb: int = SHARD_MB) -> ShardSet:
     """Pack the images below `root` into WebDataset shards in the new folder `out`.
+
+    The shards take the name of the folder, or of the one above where it is only called train, test or val.
 
     Args:
         root: where the data set lies.
@@ -34,7 +38,7 @@ def pack(root: str | Path, out: str | Path, recipe: str = "folder", shard_mb: in
         shards = write_shards(
             samples,
             out,
-            name=Path(root).resolve().name,
+            name=_name(Path(root).resolve()),
             classes=classes,
             shard_bytes=shard_mb * 2**20,
             progress=bar_at(bar),
@@ -48,6 +52,10 @@ def pack(root: str | Path, out: str | Path, recipe: str = "folder", shard_mb: in
         len(shards.skipped),
     )
     return shards
+
+
+def _name(root: Path) -> str:
+    return root.parent.name if root.name.lower() in _SPLITS and root.parent.name else root.name
 
 
 def bar_at(bar: tqdm) -> Callable[[int], None]:

@@ -21,21 +21,23 @@ from explora.stages.finetune import build as build_finetune
 from explora.stages.pack import pack, recipe_of
 from explora.stages.pretrain import PretrainSection, pretrain
 from explora.stages.pretrain import build as build_pretrain
-from explora.stages.probe import ProbeSection, check_source, probe
+from explora.stages.probe import ProbeSection, check_source, judge
 from explora.stages.training import blueprint, logger, rehearse
 
 
 class DataConfig(Config):
     """Folders of images, or of shards that `explora pack` wrote; folders are packed into the run."""
 
+    pretrain: str | None = None
+    """Target images to pretrain on, labelled or not; null takes those of `train`."""
     train: str
-    """Target images to pretrain on without labels, and to fit probes and fine-tune on with them."""
+    """Labelled target images to fit probes and to fine-tune on."""
     test: str
-    """Target images that only judge."""
+    """Labelled target images that only judge."""
     source_train: str | None = None
-    """Source-domain images to fit probes on: with these the report says what was forgotten."""
+    """Labelled source-domain images to fit probes on: with these the report says what was forgotten."""
     source_test: str | None = None
-    """Source-domain images that only judge."""
+    """Labelled source-domain images that only judge."""
     recipe: str = "folder"
     """How the folders are laid out."""
 
@@ -46,8 +48,7 @@ class DataConfig(Config):
 
     def folders(self) -> dict[str, str]:
         """What is given, by role."""
-        given = {role: getattr(self, role) for role in ("train", "test", "source_train", "source_test")}
-        return {role: folder for role, folder in given.items() if folder is not None}
+        return {role: folder for role, folder in self if role != "recipe" and folder is not None}
 
 
 class RunConfig(Config):
@@ -56,12 +57,17 @@ class RunConfig(Config):
     out: str
     """Folder of the chain; running again goes on where it stopped."""
     seed: int = Field(0, ge=0)
+    """Everything random in all stages hangs on it."""
     model: ModelConfig
+    """The backbone that all begins with, and that the others are compared with."""
     data: DataConfig
+    """Where the images are."""
     pretrain: PretrainSection = PretrainSection()
+    """How to pretrain, with the settings of `explora pretrain`."""
     finetune: FinetuneSection | None = FinetuneSection()
-    """null leaves fine-tuning out."""
+    """How to fine-tune, with the settings of `explora finetune`; null leaves it out."""
     probe: ProbeSection = ProbeSection()
+    """How to judge, with the settings of `explora probe`."""
 
 
 def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> Path:
@@ -78,8 +84,8 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> 
     with Run.open(out, config) as chain:
         _rehearse(config, out / "shards")
         shards = _shards(out / "shards", config.data)
-        models = _train(config, shards["train"])
-        probe({**_given(config, "probe"), "models": models, **shards})
+        models = _train(config, shards.pop("pretrain", shards["train"]), shards["train"])
+        judge({**_given(config, "probe"), "models": models, **shards})
         chain.finish({"stage": "run"})
         return report(out)
 
@@ -102,9 +108,9 @@ def _rehearse(config: RunConfig, shards: Path) -> None:
         if (shards / role).exists():
             origin = str(shards / role)
         classes = ShardSet.open(origin).classes if _packed(origin) else recipe_of(config.data.recipe)(origin)[0]
-        if classes is None:
+        if classes is None and role != "pretrain":
             raise DataError(f"data.{role}: {origin} has no labels; the probe needs one folder per class")
-        counts[role] = len(classes)
+        counts[role] = len(classes or ())
     rehearse(config.pretrain, blueprint(config.model), partial(build_pretrain, config.pretrain))
     if config.finetune is not None:
         build = partial(build_finetune, config.finetune, classes=counts["train"])
@@ -117,13 +123,13 @@ def _given(config: RunConfig, stage: str) -> dict[str, Any]:
     return {**section, "seed": config.seed, "out": str(Path(config.out) / stage)}
 
 
-def _train(config: RunConfig, shards: str) -> dict[str, Any]:
+def _train(config: RunConfig, unlabelled: str, labelled: str) -> dict[str, Any]:
     """Pretrain and fine-tune; returns the models that the probe compares."""
     model = config.model.model_dump(mode="json")
-    adapted = pretrain({**_given(config, "pretrain"), "shards": shards, "model": model})
+    adapted = pretrain({**_given(config, "pretrain"), "shards": unlabelled, "model": model})
     models = {"baseline": model, "adapted": {"weights": str(adapted.backbone)}}
     if config.finetune is not None:
-        tuned = finetune({**_given(config, "finetune"), "train": shards, "model": models["adapted"]})
+        tuned = finetune({**_given(config, "finetune"), "train": labelled, "model": models["adapted"]})
         models["finetuned"] = {"weights": str(tuned.backbone), "head": str(tuned.folder / "head.safetensors")}
     return models
 
@@ -132,14 +138,27 @@ def _shards(folder: Path, data: DataConfig) -> dict[str, str]:
     """Shard folders by role; raw folders are packed, packed ones linked, so that the run holds them all."""
     for role, origin in data.folders().items():
         if (folder / role).exists():
-            continue
-        if _packed(origin):
+            _refuse_changed(folder / role, role, origin, data.recipe)
+        elif _packed(origin):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / role).unlink(missing_ok=True)  # a link whose target has moved
             (folder / role).symlink_to(Path(origin).resolve())
         else:
             pack(origin, folder / role, recipe=data.recipe)
     return {role: str(folder / role) for role in data.folders()}
+
+
+def _refuse_changed(shards: Path, role: str, origin: str, recipe: str) -> None:
+    """Shards are not packed anew: a folder that grew since would go unnoticed."""
+    if shards.is_symlink() or not Path(origin).exists():
+        return
+    packed = ShardSet.open(shards)
+    before, now = len(packed) + len(packed.skipped), sum(1 for _ in recipe_of(recipe)(origin)[1])
+    if now != before:
+        raise DataError(
+            f"data.{role}: {origin} has changed since its images were packed: {now} images now, {before} then; "
+            f"remove {shards} and the stages beside it that learnt from it, or choose another out"
+        )
 
 
 def _packed(origin: str) -> bool:

@@ -21,8 +21,11 @@ class PretrainSection(TrainingSection):
     """What to learn without labels, and which part of the backbone may change."""
 
     adapt: AnyMethod = ExPLoRA()
+    """Which part of the backbone may change, and how."""
     objective: DINOv2Config = DINOv2Config()
+    """Student, teacher and their losses."""
     views: MultiCrop = MultiCrop()
+    """The crops made of an image; sizes, mean and std that are left out follow the backbone."""
 
 
 class PretrainConfig(TrainingPlace, PretrainSection):

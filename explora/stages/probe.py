@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 from tqdm import tqdm
 
@@ -37,9 +37,10 @@ from explora.evaluation import (
 from explora.evaluation.pictures import pca_pictures
 from explora.models import ModelConfig, fingerprint, load_model, read_tensors
 from explora.objectives.supervised import classify
+from explora.reporting import results_table
 from explora.runs import Run, write_atomically
 from explora.stages.pack import bar_at
-from explora.stages.training import fit_views
+from explora.stages.training import fit_views, seeded
 
 logger = logging.getLogger("explora")
 
@@ -67,20 +68,33 @@ class ProbeSection(Config):
     pictures: int = Field(6, ge=0)
     """Test images shown with the principal components of their patch features."""
     batch_size: int = Field(64, ge=1)
+    """Images in one forward pass."""
     workers: int = Field(0, ge=0)
+    """Processes that decode and crop; 0 does it in the main one."""
     precision: Precision = "fp32"
     """Format of the backbone's matrix products; small differences count here, so fp32."""
     device: str = "auto"
+    """cpu, cuda, cuda:1, ...; `auto` takes a GPU when there is one."""
     cache: str | None = None
     """Folder for features; null keeps them in the run folder. Share it between runs to extract a baseline once."""
+
+    @field_validator("evaluators", "source_evaluators")
+    @classmethod
+    def _told_apart(cls, evaluators: tuple[AnyEvaluator, ...]) -> tuple[AnyEvaluator, ...]:
+        labels = [evaluator.label for evaluator in evaluators]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} more than once: their results could not be told apart; keep one")
+        return evaluators
 
 
 class ProbePlace(Config):
     """Where the probe reads and writes."""
 
     out: str
+    """Run folder; features that are there already are not extracted again."""
     seed: int = Field(0, ge=0)
-    """Draws the validation images."""
+    """Draws the validation images, and the weights of a model without any."""
     models: dict[str, ProbedModel] = Field(min_length=1)
     """Backbones by the name they get in the table; the first is what the others are compared with."""
     train: str
@@ -90,6 +104,7 @@ class ProbePlace(Config):
     source_train: str | None = None
     """Labelled source shards: with these two the table says what was forgotten."""
     source_test: str | None = None
+    """Labelled source shards to judge on."""
 
     @model_validator(mode="after")
     def _whole_source(self) -> ProbePlace:
@@ -122,14 +137,19 @@ class Judged:
 
 
 def probe(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> list[dict[str, Any]]:
-    """Judge the models of a config; returns the rows of results.jsonl.
+    """Judge the models of a config and log the table; returns the rows of results.jsonl.
 
     Raises:
         ExploraError: any mistake in the config, the data or the weights.
     """
+    rows = judge(source, overrides)
+    logger.info("\n%s", results_table(rows))
+    return rows
+
+
+def judge(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> list[dict[str, Any]]:
+    """`probe` without the table, for a chain whose report holds it; same rows, same errors."""
     config = configs.load(ProbeConfig, source, overrides)
-    if (config.source_train is None) != (config.source_test is None):
-        raise DataError("source_train and source_test belong together: give both or none")
     with Run.open(config.out, config) as run:
         sets = {name: ShardSet.open(path) for name in SETS if (path := getattr(config, name))}
         for name, shards in sets.items():
@@ -146,7 +166,7 @@ def probe(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
             judged += probed.judge(features)
             if model.head is not None:
                 judged.append(probed.head(model.head, sets["test"]))
-            drifts[name] = _drift(baseline, features)
+            drifts[name] = _drift(name, baseline, features)
             pictures |= probed.pictures(sets["test"], next(iter(pictures.values()), None))
         rows = list(_rows(judged, next(iter(config.models)), drifts))
         _write(run.folder, rows, judged, sets, pictures)
@@ -162,7 +182,8 @@ class _Probed:
     """One model under the probe."""
 
     def __init__(self, config: ProbeConfig, folder: Path, name: str, model: ProbedModel) -> None:
-        self.config, self.name = config, name
+        self.config, self.name, self.knows_labels = config, name, model.head is not None
+        seeded(config.seed)
         self.vit, account = load_model(model)
         logger.info("%s: %s, %s", name, self.vit.name, account or "random weights")
         self.hash = fingerprint(self.vit.state_dict())
@@ -188,7 +209,7 @@ class _Probed:
             )
 
     def judge(self, features: Mapping[str, Features]) -> Iterator[Judged]:
-        """All evaluators on the target, then on the source."""
+        """All evaluators on the target, then on the source; a fine-tuned model has learnt the target's labels."""
         for data, train, test, evaluators in (
             ("target", "train", "test", self.config.evaluators),
             ("source", "source_train", "source_test", self.config.source_evaluators),
@@ -198,6 +219,9 @@ class _Probed:
             fit, val = split(features[train].labels, self.config.val_fraction, self.config.seed)
             parts = features[train].take(fit), features[train].take(val), features[test]
             for evaluator in evaluators:
+                if data == "target" and self.knows_labels and not evaluator.fair_after_labels:
+                    logger.info("%s, %s, %s: left out, it has learnt these labels", self.name, data, evaluator.label)
+                    continue
                 for result in evaluator.evaluate(*parts):
                     logger.info(
                         "%s, %s, %s: %.1f %% [%.1f, %.1f]",
@@ -242,13 +266,16 @@ class _Probed:
         return out if like is not None else {**out, "images": pixels.permute(0, 2, 3, 1).numpy()}
 
 
-def _drift(before: Mapping[str, Features], after: Mapping[str, Features]) -> dict[str, float]:
-    """How far the features of the same test images have moved, per data set."""
+def _drift(model: str, before: Mapping[str, Features], after: Mapping[str, Features]) -> dict[str, float]:
+    """How far the features of the same test images have moved, per data set; CKA is absent after a collapse."""
     out = {}
     for data, name in (("target", "test"), ("source", "source_test")):
         if name in after and after[name].cls.shape == before[name].cls.shape:
             out[f"{data}_cosine_drift"] = cosine_drift(before[name], after[name])
-            out[f"{data}_cka"] = linear_cka(before[name], after[name])
+            try:
+                out[f"{data}_cka"] = linear_cka(before[name], after[name])
+            except DataError as error:
+                logger.warning("%s, %s: no CKA: %s", model, data, error)
     return out
 
 

@@ -45,7 +45,9 @@ class TrainingSection(Config):
     views: AnyViews
     """What is made of an image; sizes, mean and std that are left out follow the backbone."""
     optim: OptimConfig = OptimConfig()
+    """Learning rates, their schedule and weight decay."""
     loop: LoopConfig = LoopConfig()
+    """Device, precision, and how often to log and to save."""
 
     @field_validator("steps")
     @classmethod
@@ -69,6 +71,7 @@ class TrainingPlace(Config):
     seed: int = Field(0, ge=0)
     """Everything random hangs on it."""
     model: ModelConfig
+    """The backbone to start from."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,12 @@ def parameter_counts(objective: Objective) -> dict[str, int]:
 def families(vit: ViT) -> list[str]:
     """Names of what trains, block numbers collapsed where every block has it."""
     names = [name for name, p in vit.named_parameters() if p.requires_grad]
-    return list(dict.fromkeys(re.sub(r"^blocks\.(\d+)\.(norm\d|attn\.qkv\.lora).*", r"blocks.*.\2*", n) for n in names))
+    return list(
+        dict.fromkeys(
+            re.sub(r"^blocks\.(\d+)\.(norm\d|attn\.(?:qkv|proj)\.lora|mlp\.fc\d\.lora).*", r"blocks.*.\2*", n)
+            for n in names
+        )
+    )
 
 
 def export(folder: Path, objective: Objective, method: Method) -> None:

@@ -1,0 +1,49 @@
+"""All methods under the names by which a config or an adapter file picks them. To add one, name it in `AnyMethod`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from explora.adapt.explora import ExPLoRA
+from explora.adapt.lora import LoRA
+from explora.adapt.plain import Frozen, Full
+from explora.config import Config, validate
+from explora.errors import ConfigError, WeightsError
+from explora.models import ViT, read_tensors
+from explora.models.export import load_adapter
+
+AnyMethod = Annotated[ExPLoRA | LoRA | Full | Frozen, Field(discriminator="name")]
+
+
+class _Recorded(Config):
+    """What an adapter file says of its method."""
+
+    method: AnyMethod
+    """The method that was trained, with all its settings."""
+
+
+def attach(vit: ViT, path: str | Path) -> None:
+    """Give a plain backbone what an adapter.safetensors has learnt; it is the merged plain backbone afterwards.
+
+    Args:
+        vit: the weights that the training started from, at the same image size; unchanged if an error is raised.
+
+    Raises:
+        WeightsError: the file is no adapter, or was trained on another base.
+    """
+    recorded = read_tensors(path)[1].get("method")
+    if recorded is None:
+        raise WeightsError(f"{path}: is no adapter; give the adapter.safetensors that a training stage left")
+    adapted = copy.deepcopy(vit)
+    try:
+        method = validate(_Recorded, {"method": recorded}, path).method
+        method.modify(adapted)
+    except ConfigError as error:
+        raise WeightsError(f"{path}: does not fit this explora or this model: {error}") from None
+    load_adapter(path, adapted, recorded)
+    method.merge(adapted)
+    vit.load_state_dict(adapted.state_dict())

@@ -1,0 +1,109 @@
+"""Rows of results.jsonl as values: what was measured, on which data, for which models, in reading order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+EVALUATORS = ("linear", "logreg", "knn", "knn_loo", "fewshot", "head")
+"""Reading order; `fewshot_5` stands at `fewshot`, by its shots."""
+
+
+class Column(NamedTuple):
+    """What is measured: one evaluator, by its label, and one of its metrics."""
+
+    evaluator: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of `results.jsonl`; values in percent, `difference` paired to the first model."""
+
+    model: str
+    data: str
+    evaluator: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    selected: Mapping[str, Any] | None = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    cosine_drift: float | None = None
+    cka: float | None = None
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Row:
+        """Read one row as the probe wrote it, where drift and CKA carry the data in their name.
+
+        Raises:
+            TypeError, ValueError: it is no row.
+        """
+        known = {field.name: raw[field.name] for field in fields(cls) if field.name in raw}
+        moved = {name: raw.get(f"{raw.get('data')}_{name}") for name in ("cosine_drift", "cka")}
+        row = cls(**{**known, **moved})
+        _ = float(row.value), float(row.low), float(row.high), int(row.n)
+        return row
+
+    @property
+    def column(self) -> Column:
+        return Column(self.evaluator, self.metric)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows in reading order; the first model is what the others are compared with."""
+
+    rows: list[Row]
+    models: list[str]
+
+    @property
+    def first(self) -> str:
+        """The model that the others are compared with; empty without rows."""
+        return self.models[0] if self.models else ""
+
+    def on(self, data: str) -> list[Row]:
+        """The rows measured on `target` or `source`."""
+        return [row for row in self.rows if row.data == data]
+
+    def columns(self, data: str) -> list[Column]:
+        """What was measured on `data`, in reading order."""
+        return sorted({row.column for row in self.on(data)}, key=_column_place)
+
+    def row(self, model: str, data: str, column: Column) -> Row | None:
+        """The row of a model, or None where it was not measured."""
+        return next((row for row in self.on(data) if row.model == model and row.column == column), None)
+
+    def left_out(self, model: str, data: str) -> list[Column]:
+        """What the probe measured for the first model, but not for this one, as it had learnt the labels."""
+        own = [row for row in self.on(data) if row.model == model]
+        if data != "target" or all(row.evaluator != "head" for row in own):
+            return []
+        measured = {row.column for row in own}
+        absent = [column for column in self.columns(data) if column not in measured]
+        return [column for column in absent if self.row(self.first, data, column)]
+
+
+def gather(rows: Iterable[Row]) -> Results:
+    """Rows by (data, column, model); a row written again replaces the one before."""
+    latest = {(row.model, row.data, row.column): row for row in rows}
+    models = list(dict.fromkeys(row.model for row in latest.values()))
+    places = {"target": 0, "source": 1}
+    order = sorted(
+        latest.values(),
+        key=lambda r: (places.get(r.data, 2), r.data, _column_place(r.column), models.index(r.model)),
+    )
+    return Results(order, models)
+
+
+def _column_place(column: Column) -> tuple[Any, ...]:
+    """Known evaluators in their order, unknown ones after them by alphabet; plain accuracy first."""
+    shots = re.fullmatch(r"fewshot_(\d+)", column.evaluator)
+    family = "fewshot" if shots else column.evaluator
+    place = EVALUATORS.index(family) if family in EVALUATORS else len(EVALUATORS)
+    return place, int(shots[1]) if shots else 0, column.evaluator, column.metric != "top1", column.metric

@@ -1,0 +1,119 @@
+"""A chain's data: what it pretrains on, what its shards are called, and images that change behind its back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import explora
+from explora.data import ShardSet
+from explora.errors import DataError
+from explora.stages import demo, pipeline
+
+Make = Callable[..., dict[str, Any]]
+
+
+class Stop(Exception):
+    """Far enough for the test."""
+
+
+@pytest.fixture
+def stop_after_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(pipeline, "pretrain", stop)
+
+
+def test_unlabelled_images_are_pretrained_on(tmp_path: Path, images: dict[str, Path], chaining: Make) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted(images["source_test"].rglob("*.jpg"))):
+        shutil.copy(path, flat / f"{number}.jpg")
+    data = {**{role: str(images[role]) for role in ("train", "test")}, "pretrain": str(flat)}
+    config = chaining(tmp_path / "run", data=data, finetune=None)
+    explora.run(config, {"pretrain.steps": 2})
+    shards = ShardSet.open(tmp_path / "run/shards/pretrain")
+    assert (shards.classes, len(shards), shards.name) == (None, 10, "flat")
+    trained_on = yaml.safe_load((tmp_path / "run/pretrain/config.yaml").read_text())["shards"]
+    assert trained_on == str(tmp_path / "run/shards/pretrain")
+    probed = yaml.safe_load((tmp_path / "run/probe/config.yaml").read_text())
+    assert probed["train"] == str(tmp_path / "run/shards/train")
+
+
+def test_without_them_the_training_images_are(
+    tmp_path: Path, images: dict[str, Path], chaining: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def stop(config: dict[str, Any]) -> None:
+        given.append(config)
+        raise Stop
+
+    monkeypatch.setattr(pipeline, "pretrain", stop)
+    data = {role: str(images[role]) for role in ("train", "test")}
+    with pytest.raises(Stop):
+        explora.run(chaining(tmp_path / "run", data=data))
+    assert given[0]["shards"] == str(tmp_path / "run/shards/train")
+    assert not (tmp_path / "run/shards/pretrain").exists()
+
+
+@pytest.mark.usefixtures("stop_after_packing")
+def test_images_that_changed_since_they_were_packed(tmp_path: Path, images: dict[str, Path], chaining: Make) -> None:
+    raw = Path(shutil.copytree(images["train"], tmp_path / "raw"))
+    first = next(raw.rglob("*.jpg"))
+    torn = first.with_name("torn.jpg")
+    torn.write_bytes(first.read_bytes()[:300])
+    config = chaining(tmp_path / "run", data={"train": str(raw), "test": str(images["test"])})
+    for _ in range(2):  # the torn image was listed as skipped and is no change
+        with pytest.raises(Stop):
+            explora.run(config)
+    shutil.copy(first, first.with_name("new.jpg"))
+    words = (
+        r"data\.train: .*raw has changed since its images were packed: 32 images now, 31 then; remove .*shards/train "
+    )
+    with pytest.raises(DataError, match=words):
+        explora.run(config)
+    shutil.rmtree(tmp_path / "run/shards/train")
+    with pytest.raises(Stop):
+        explora.run(config)
+    assert len(ShardSet.open(tmp_path / "run/shards/train")) == 31
+    shutil.rmtree(raw)  # what is packed does not need its origin
+    with pytest.raises(Stop):
+        explora.run(config)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("lakes/train", "lakes"),
+        ("lakes/Test", "lakes"),
+        ("lakes/val", "lakes"),
+        ("lakes", "lakes"),
+        ("trains", "trains"),
+    ],
+)
+def test_shards_are_called_what_the_data_is(tmp_path: Path, images: dict[str, Path], place: str, name: str) -> None:
+    root = Path(shutil.copytree(images["source_test"], tmp_path / place))
+    assert explora.pack(root, tmp_path / "out").name == name
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["name"] == name
+
+
+def test_the_demo_calls_its_domains_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {role: (domain, split, 1) for role, (domain, split, _) in demo.IMAGES.items()}
+    monkeypatch.setattr(demo, "IMAGES", few)
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(demo, "run", lambda _, overrides: given.append(overrides))
+    demo.demo(tmp_path)
+    names = {}
+    for role in few:
+        folder = Path(given[0][f"data.{role}"])
+        assert len(list(folder.rglob("*.jpg"))) == 10
+        names[role] = explora.pack(folder, tmp_path / "shards" / role).name
+    assert names == {"train": "scenes", "test": "scenes", "source_train": "photos", "source_test": "photos"}
