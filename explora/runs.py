@@ -44,6 +44,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise RunError(f"{path}: cannot write: {error.strerror}; free some space or choose another folder") from None
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's or a folder's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Run:
     """The folder of one stage: opened once, locked while open, appended to on resume.
 

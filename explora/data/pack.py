@@ -29,6 +29,7 @@ from explora.data.index import (
     decode,
 )
 from explora.errors import DataError
+from explora.runs import sync
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 SHARD_MB = 256
@@ -79,7 +80,7 @@ def pack(
             skipped = _write(samples, writer, len(classes or ()), progress)
             writer.finish(name, classes, skipped)
         os.rename(partial, out)
-        _sync_folder(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise _unwritable(out, error) from None
     finally:
@@ -150,7 +151,7 @@ class _Writer:
         self._close()
         index = self._folder / INDEX
         np.save(index, np.concatenate(self._tables))
-        _sync(index)
+        sync(index)
         manifest = Manifest(
             name=name,
             samples=self.count,
@@ -162,8 +163,8 @@ class _Writer:
         )
         path = self._folder / MANIFEST
         path.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        _sync(path)
-        _sync_folder(self._folder)
+        sync(path)
+        sync(self._folder)
 
     def _shard_path(self) -> Path:
         return self._folder / f"shard-{len(self._shards):06d}.tar"
@@ -180,7 +181,7 @@ class _Writer:
         path = self._shard_path()
         self._tar.close()
         self._tar = None
-        _sync(path)
+        sync(path)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         shard = ShardFile(file=path.name, samples=len(self._rows), bytes=path.stat().st_size, sha256=digest)
@@ -197,19 +198,6 @@ def _member(tar: tarfile.TarFile, name: str, blob: bytes) -> int:
     start = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(info, io.BytesIO(blob))
     return start
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _unwritable(out: Path, error: OSError) -> DataError:

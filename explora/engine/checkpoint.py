@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from explora.errors import RunError
+from explora.runs import sync
 
 logger = logging.getLogger("explora")
 KEEP = 2
@@ -48,10 +48,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
         state = temporary / "state.json"
         state.write_text(json.dumps({"step": step, "files": sizes, **values}, indent=1))
         for path in [*temporary.iterdir(), temporary]:
-            _fsync(path)
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _fsync(folder)
+        sync(folder)
     except (Exception, dcp.CheckpointException) as error:  # DCP's is no Exception
         shutil.rmtree(temporary, ignore_errors=True)
         cause = _os_error(error)
@@ -96,14 +96,6 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
             dcp.load(tensors, checkpoint_id=path, no_dist=True)
     except dcp.CheckpointException as error:
         raise RunError(f"{path}: does not fit this run: {_cause(error)}") from error
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cause(error: BaseException | None) -> BaseException | None:
