@@ -39,7 +39,7 @@ def main(config: str, overrides: list[str]) -> None:
 
 
 def differences(found: list[dict]) -> str:
-    """Mean, lowest and highest seed; then the widest interval over images."""
+    """Mean and every seed; then the widest interval over images."""
     if found[0]["difference"] is None:
         return "- | -"
     seeds = [row["difference"] for row in found]

@@ -71,7 +71,7 @@ class RunConfig(Config):
 
 
 def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> Path:
-    """Pack, pretrain, fine-tune, probe and report; finished stages are not repeated.
+    """Pack, pretrain, fine-tune, probe and report; finished training is not repeated, features come from the cache.
 
     Returns:
         The report's path.
