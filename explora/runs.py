@@ -94,6 +94,8 @@ class Run:
                 raise RunError(
                     f"{folder}: another process is running here; wait for it or choose another out"
                 ) from None
+            for stale in folder.glob(".*.tmp"):  # a kill came in the middle of writing
+                stale.unlink(missing_ok=True)
             new = not (folder / "config.yaml").exists()
             try:
                 _claim(folder, config)

@@ -171,3 +171,11 @@ def test_environment_tells_versions_and_source(tmp_path: Path) -> None:
         assert isinstance(found["git"]["dirty"], bool)
     with Run.open(tmp_path / "run", Small()):
         assert json.loads((tmp_path / "run" / "environment.json").read_text())["versions"] == found["versions"]
+
+
+def test_what_a_kill_left_half_written_is_swept(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", Small()):
+        pass
+    (tmp_path / "run" / ".summary.json.123.tmp").write_text("half")
+    with Run.open(tmp_path / "run", Small()):
+        assert not list((tmp_path / "run").glob(".*.tmp"))

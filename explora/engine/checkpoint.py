@@ -38,7 +38,8 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for stale in folder.glob(".step-*.tmp"):  # a kill came in the middle of saving
+        shutil.rmtree(stale, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():

@@ -230,9 +230,11 @@ class DINOv2(Objective):
         cls = self.teacher.dino_head(tokens.cls_BD).unflatten(0, (views, images))
         return cls, self.teacher.patch_logits(tokens.patches_BND[batch["mask"].flatten(0, 1)])
 
-    def _study(self, batch: Batch, seed: int, progress: Progress) -> list[Tokens]:
+    def _study(
+        self, batch: Batch, seed: int, progress: Progress, views: Sequence[str] = ("global", "local")
+    ) -> list[Tokens]:
         torch.manual_seed(seed)
-        crops = [batch[name].flatten(0, 1) for name in ("global", "local") if len(batch[name])]
+        crops = [batch[name].flatten(0, 1) for name in views if len(batch[name])]
         masks = [batch["mask"].flatten(0, 1), None][: len(crops)]
         learns = torch.is_grad_enabled() and progress.over(self.config.head_warmup) >= 1
         with torch.set_grad_enabled(learns):
@@ -269,7 +271,10 @@ class DINOv2(Objective):
         wanted = self.config.koleo_weight > 0 and self.config.koleo_over == "batch"
         if len(micro_batches) == 1 or not wanted:
             return [None] * len(micro_batches)
-        tokens = [self._study(batch, seed, progress)[0] for batch, seed in zip(micro_batches, seeds, strict=True)]
+        # With drop path the local crops must pass too, or the draws would differ from those of the loss's pass.
+        views = ("global", "local") if self.config.drop_path > 0 else ("global",)
+        passes = zip(micro_batches, seeds, strict=True)
+        tokens = [self._study(batch, seed, progress, views)[0] for batch, seed in passes]
         cls = [part.cls_BD.unflatten(0, (2, -1)) for part in tokens]
         whole = torch.cat(cls, 1).float().requires_grad_()
         with torch.enable_grad():
