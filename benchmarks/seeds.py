@@ -1,7 +1,7 @@
 """Run one chain over several seeds and tabulate the paired differences: python benchmarks/seeds.py CONFIG [K=V]...
 
 Two uncertainties are kept apart: each row gives every seed of the training, and the widest 95 % bootstrap interval
-over test images that any seed had.
+over test images that any seed had. Seeds whose report is there are not run again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def main(config: str, overrides: list[str]) -> None:
     seconds = []
     for seed in SEEDS:
         place = Path(f"{out}_{seed}")
-        explora.run(config, [*overrides, f"seed={seed}", f"out={place}", f"probe.cache={out}_features"])
+        if not (place / "report.html").exists():
+            explora.run(config, [*overrides, f"seed={seed}", f"out={place}", f"probe.cache={out}_features"])
         for line in (place / "probe" / "results.jsonl").read_text().splitlines():
             row = json.loads(line)
             rows[row["data"], row["evaluator"], row["model"]].append(row)

@@ -74,7 +74,7 @@ def test_a_model_that_knows_the_labels_is_not_flattered(
     assert measured == [("target", "knn"), ("source", "fewshot_1"), ("target", "head")]
     table = caplog.messages[-1]
     assert "finetuned: it has learnt the labels" in table
-    assert table.splitlines()[1].split() == ["target", "knn", "top-1", "knn_loo", "top-1", "fewshot_1", "top-1"]
+    assert table.splitlines()[1].split() == ["target", "fewshot_2", "top-1", "knn_loo", "top-1", "fewshot_1", "top-1"]
 
 
 def test_a_collapsed_backbone_is_judged(tmp_path: Path, probing: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
-
-EVALUATORS = ("linear", "logreg", "knn", "knn_loo", "fewshot", "head")
-"""Reading order; `fewshot_5` stands at `fewshot`, by its shots."""
 
 
 class Column(NamedTuple):
@@ -57,7 +53,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """Rows in reading order; the first model is what the others are compared with."""
+    """Rows in reading order, which is that of the probe's config; the first model is what the others are compared with.
+
+    So the first evaluator, which the headline takes, was declared before anything was measured.
+    """
 
     rows: list[Row]
     models: list[str]
@@ -73,7 +72,7 @@ class Results:
 
     def columns(self, data: str) -> list[Column]:
         """What was measured on `data`, in reading order."""
-        return sorted({row.column for row in self.on(data)}, key=_column_place)
+        return list(dict.fromkeys(row.column for row in self.on(data)))
 
     def row(self, model: str, data: str, column: Column) -> Row | None:
         """The row of a model, or None where it was not measured."""
@@ -93,17 +92,10 @@ def gather(rows: Iterable[Row]) -> Results:
     """Rows by (data, column, model); a row written again replaces the one before."""
     latest = {(row.model, row.data, row.column): row for row in rows}
     models = list(dict.fromkeys(row.model for row in latest.values()))
+    columns = list(dict.fromkeys(row.column for row in latest.values()))
     places = {"target": 0, "source": 1}
     order = sorted(
         latest.values(),
-        key=lambda r: (places.get(r.data, 2), r.data, _column_place(r.column), models.index(r.model)),
+        key=lambda r: (places.get(r.data, 2), r.data, columns.index(r.column), models.index(r.model)),
     )
     return Results(order, models)
-
-
-def _column_place(column: Column) -> tuple[Any, ...]:
-    """Known evaluators in their order, unknown ones after them by alphabet; plain accuracy first."""
-    shots = re.fullmatch(r"fewshot_(\d+)", column.evaluator)
-    family = "fewshot" if shots else column.evaluator
-    place = EVALUATORS.index(family) if family in EVALUATORS else len(EVALUATORS)
-    return place, int(shots[1]) if shots else 0, column.evaluator, column.metric != "top1", column.metric

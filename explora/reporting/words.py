@@ -115,7 +115,7 @@ def interval(row: Row) -> str:
 def subject(chain: Chain, data: str) -> tuple[Row, Row | None] | None:
     """The row a headline is about, and its baseline.
 
-    The evaluator is the first in a fixed order that measured both, never the one with the best
+    The evaluator is the first of the probe's config that measured both, never the one with the best
     number: choosing on test results would flatter. Models come in the order of the probe.
     """
     fallback: tuple[Row, Row | None] | None = None

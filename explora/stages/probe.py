@@ -58,7 +58,7 @@ class ProbeSection(Config):
     view: Center | None = None
     """Crop of the test images; size, mean and std that are left out follow each backbone."""
     evaluators: tuple[AnyEvaluator, ...] = (Linear(), LogisticRegression(), KNN(k=(10, 20)))
-    """What judges the target."""
+    """What judges the target; the first is the one that the report's headline takes."""
     source_evaluators: tuple[AnyEvaluator, ...] = (LogisticRegression(), KNN(k=(10, 20)))
     """What judges the source domain."""
     val_fraction: float = Field(0.2, gt=0, lt=1)
