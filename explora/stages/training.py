@@ -182,6 +182,7 @@ def train(
         "trained": families(objective.backbone),
     }
     export(run.folder, objective, config.adapt)
+    logger.info("%s: done in %.0f s; %s", stage, outcome.seconds, run.folder / "backbone.safetensors")
     return summary
 
 
