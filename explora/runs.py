@@ -138,10 +138,6 @@ class Run:
         kept = [line for line in self._metrics.read_text().splitlines() if _step_of(line) <= step]
         write_atomically(self._metrics, "".join(line + "\n" for line in kept))
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl."""
-        return [json.loads(line) for line in self._metrics.read_text().splitlines()] if self._metrics.exists() else []
-
     def _close(self) -> None:
         logger.removeHandler(self._handler)
         logger.setLevel(self._level)

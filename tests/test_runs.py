@@ -127,10 +127,10 @@ def test_torn_and_late_metrics_are_dropped_on_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(whole[:-5])
     with Run.open(tmp_path, Small()) as run:
         run.forget_metrics_after(5)
-        assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4]
+        assert (tmp_path / "metrics.jsonl").read_text().splitlines() == whole.splitlines()[:4]
         run.forget_metrics_after(3)
         run.log_metrics({"step": 4, "loss": 2.0})
-        assert run.metrics() == [json.loads(line) for line in whole.splitlines()[:4]]
+        assert (tmp_path / "metrics.jsonl").read_text().splitlines() == whole.splitlines()[:4]
 
 
 def test_tensorboard_reads_the_same_numbers(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def stream(shards: ShardSet, views: Views = VIEWS, workers: int = 0, **changes: 
     return Stream(shards, views, workers=workers, **options)
 
 
-def same(left: list[Step], right: list[Step]) -> None:
+def assert_same(left: list[Step], right: list[Step]) -> None:
     assert [step.index for step in left] == [step.index for step in right]
     for one, other in zip(left, right, strict=True):
         assert len(one.micro_batches) == len(other.micro_batches)
@@ -75,7 +75,7 @@ def test_a_batch_is_the_naive_one(shards: ShardSet) -> None:
 
 
 def test_workers_change_nothing(shards: ShardSet) -> None:
-    same(list(stream(shards).steps(5)), list(stream(shards, workers=2).steps(5)))
+    assert_same(list(stream(shards).steps(5)), list(stream(shards, workers=2).steps(5)))
 
 
 def test_resume_at_any_step(shards: ShardSet) -> None:
@@ -87,9 +87,9 @@ def test_resume_at_any_step(shards: ShardSet) -> None:
                 break
         position = first.state_dict()
         assert position["samples"] == stop * 4
-        same(whole[stop:], list(stream(shards, position=position).steps(7)))
+        assert_same(whole[stop:], list(stream(shards, position=position).steps(7)))
     again = stream(shards)
-    same(whole, [*again.steps(2), *again.steps(2), *again.steps(7)])
+    assert_same(whole, [*again.steps(2), *again.steps(2), *again.steps(7)])
 
 
 def test_micro_batches_are_slices(shards: ShardSet) -> None:

@@ -53,8 +53,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         sync(folder)
-    except (Exception, dcp.CheckpointException) as error:  # DCP's is no Exception
-        shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, RuntimeError, dcp.CheckpointException) as error:
         cause = _os_error(error)
         if cause is None:
             raise
@@ -62,6 +61,8 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
         raise RunError(
             f"{folder}: cannot save a checkpoint: {cause.strerror}; {hint}, then run again to resume"
         ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already where the rename came
     for old in checkpoints(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final
