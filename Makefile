@@ -29,8 +29,7 @@ demo-source: $(STAMP)
 	  write(Path('runs/demo_source/images'), 'photos', 'train', 400, seed=1)"
 	$(BIN)/explora pack runs/demo_source/images runs/demo_source/shards
 	$(BIN)/explora finetune configs/demo_source.yaml
-	rm -f explora/demo/source.safetensors
-	$(BIN)/explora export runs/demo_source/model explora/demo/source.safetensors
+	cp runs/demo_source/model/backbone.safetensors explora/demo/source.safetensors
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

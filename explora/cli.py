@@ -84,11 +84,19 @@ def check(config: ConfigFile, overrides: Changes = None) -> None:
 
 @app.command()
 def export(
-    folder: Annotated[str, typer.Argument(help="folder of a finished pretrain or finetune stage", metavar="RUN")],
-    out: Annotated[str, typer.Argument(help="new .safetensors file", metavar="OUT")],
-    format: Annotated[str, typer.Option(help="timm (merged backbone) or adapter (only what was trained)")] = "timm",
+    folder: Annotated[
+        str, typer.Argument(help="folder of a finished pretrain or finetune stage, or a weights file", metavar="RUN")
+    ],
+    out: Annotated[str, typer.Argument(help="new folder", metavar="OUT")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="merged backbone: timm, huggingface (transformers), dinov2 (official keys), onnx; "
+            "only what was trained: adapter (explora), peft"
+        ),
+    ] = "timm",
 ) -> None:
-    """Write a run's backbone or adapter to a file of its own."""
+    """Write a run's model, with its card, to a new folder that timm, transformers, peft or onnxruntime loads."""
     typer.echo(explora.export(folder, out, format))  # type: ignore[arg-type]
 
 

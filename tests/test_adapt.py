@@ -7,10 +7,11 @@ from functools import cache
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from explora.adapt import ExPLoRA, Frozen, Full, LoRA, Method, adapt
+from explora.adapt import ExPLoRA, Frozen, Full, LoRA, Method, adapt, lora
 from explora.adapt.lora import LoRALinear
 from explora.config import load
 from explora.engine.optim import OptimConfig, Optimizer
@@ -124,6 +125,34 @@ def test_wrong_settings_are_refused(wrong):
         load(ExPLoRA, wrong)
 
 
+@pytest.mark.parametrize("method", [LoRA(rank=2, alpha=33), ExPLoRA(rank=1, alpha=64, targets=("fc1",))])
+def test_an_absurd_scale_is_refused(method):
+    with pytest.raises(ConfigError, match=r"alpha / rank is (16\.5|64), and above 16"):
+        adapt(tiny(), method)
+    adapt(tiny(), LoRA(rank=2, alpha=32))
+
+
+@pytest.mark.parametrize(("rank", "target"), [(32, "q"), (33, "proj"), (64, "fc1"), (32, "fc2")])
+def test_a_rank_that_is_not_low_is_refused(rank, target):
+    with pytest.raises(ConfigError, match=rf"rank {rank} .* is 32 wide"):
+        adapt(tiny(), LoRA(rank=rank, targets=(target,)))
+
+
+def test_a_target_that_the_blocks_lack_is_refused():
+    vit = tiny()
+    vit.blocks[1].mlp = nn.Identity()
+    with pytest.raises(ConfigError, match=r"adapt.targets: blocks.1 has no linear map mlp.fc1 or .*; leave this"):
+        adapt(vit, LoRA(rank=2, targets=("fc1",)))
+
+
+@pytest.mark.parametrize("patch_embed", [True, False])
+def test_the_patch_embedding_learns_where_it_is_asked_to(patch_embed):
+    learnt = adapt(tiny(), ExPLoRA(rank=2, patch_embed=patch_embed))
+    assert {name for name in learnt if "patch" in name} == (
+        {"patch_embed.proj.weight", "patch_embed.proj.bias"} if patch_embed else set()
+    )
+
+
 # The low-rank term
 
 
@@ -148,6 +177,26 @@ def test_nothing_changes_at_the_start_and_merging_keeps_the_outputs(kind, target
     assert sorted(vit.state_dict()) == sorted(names)
     assert {k: v.shape for k, v in vit.state_dict().items()} == shapes
     assert type(vit.get_submodule("blocks.0.attn.qkv")) is nn.Linear
+
+
+@torch.no_grad()
+def test_any_module_with_timms_blocks_takes_low_rank_terms():
+    """The decoder of a MAE is one; official counts: q and v of 8 blocks of width 512 at rank 32."""
+    decoder = nn.Module()
+    decoder.blocks = nn.ModuleList([Block(512, 16, qkv_bias=True) for _ in range(8)])
+    x, names = torch.randn(1, 5, 512), list(decoder.state_dict())
+    before = nn.Sequential(*decoder.blocks)(x)
+    lora.insert(decoder, range(8), ("q", "v"), 32, 1 / 32)
+    terms = {name: p for name, p in decoder.named_parameters() if lora.is_lora(name)}
+    assert sum(p.numel() for p in terms.values()) == 524_288
+    assert_close(nn.Sequential(*decoder.blocks)(x), before, atol=1e-6, rtol=0)
+    for parameter in terms.values():
+        parameter.normal_(std=0.1)
+    adapted = nn.Sequential(*decoder.blocks)(x)
+    assert not torch.allclose(adapted, before, atol=1e-2)
+    lora.merge(decoder)
+    assert list(decoder.state_dict()) == names
+    assert_close(nn.Sequential(*decoder.blocks)(x), adapted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("parts", [(0, 2), (1,), (0, 1, 2)])
@@ -188,9 +237,9 @@ def test_first_factor_is_kaiming_uniform_of_each_slice():
     assert not layer.lora_b.any()
 
 
-@pytest.mark.parametrize(("method", "scale"), [(ExPLoRA(), 1 / 64), (LoRA(), 1.0), (LoRA(rank=4, alpha=2), 0.5)])
+@pytest.mark.parametrize(("method", "scale"), [(ExPLoRA(rank=16), 1 / 16), (LoRA(), 1.0), (LoRA(rank=4, alpha=2), 0.5)])
 def test_what_counts_is_alpha_over_rank(method, scale):
-    assert method.scale == scale
+    assert (method.scale, ExPLoRA().scale) == (scale, 1 / 64)
     vit = tiny()
     adapt(vit, method)
     layers = [module for module in vit.modules() if isinstance(module, LoRALinear)]

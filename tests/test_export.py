@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stage_folder import stage
+from stage_folder import tiny as stage_tiny
 from torch import Tensor
 from torch.testing import assert_close
 
+import explora
 from explora.adapt import ExPLoRA, Full, LoRA, Method, adapt, attach
 from explora.errors import RunError, WeightsError
 from explora.models import ModelConfig, ViT, build, fingerprint, load_backbone, load_model, read_tensors
-from explora.models.export import load_adapter, save_adapter, save_backbone
+from explora.models.export import load_adapter, save_adapter, save_backbone, save_tensors
 from explora.models.vit import timm
 
 NAME = "vit_tiny_patch16_224"
@@ -59,22 +62,20 @@ def outputs(vit: ViT) -> Tensor:
     ("name", "options"),
     [(NAME, {}), (NAME, {"init_values": 0.1, "reg_tokens": 2}), ("vit_small_patch14_reg4_dinov2", {})],
 )
-def test_timm_loads_a_merged_backbone_strictly_with_equal_outputs(tmp_path, name, options):
+def test_a_merged_backbone_has_timms_names_and_the_mask_token(tmp_path, name, options):
     method = ExPLoRA(rank=4, alpha=4, mask_token=True)
     vit, _ = trained(method, name=name, **options)
     adapted = outputs(vit)
     method.merge(vit)
     path = save_backbone(tmp_path / "backbone.safetensors", vit)
+    tensors = load_file(path)
+    assert torch.equal(tensors.pop("mask_token"), vit.mask_token)
     model = timm.create_model(
         name, num_classes=0, global_pool="token", fc_norm=False, img_size=32, **{**TINY, **options}
     )
-    model.load_state_dict(load_file(path))  # strict
+    model.load_state_dict(tensors)  # strict
     torch.manual_seed(5)
-    images = torch.randn(2, 3, 32, 32)
-    theirs = model.eval().forward_features(images)
-    registers = vit.prefix_tokens - 1
-    assert_close(torch.cat([theirs[:, :1], theirs[:, 1 + registers :]], 1), adapted, atol=1e-5, rtol=0)
-    assert_close(model(images), adapted[:, 0], atol=1e-5, rtol=0)
+    assert_close(model.eval()(torch.randn(2, 3, 32, 32)), adapted[:, 0], atol=1e-5, rtol=0)
     assert [p.name for p in tmp_path.iterdir()] == ["backbone.safetensors"]
 
 
@@ -83,6 +84,18 @@ def test_our_own_file_says_what_it_is(tmp_path):
     again = load_backbone(save_backbone(tmp_path / "backbone.safetensors", vit))
     assert (again.name, again.image_size, again.options) == (vit.name, 32, vit.options)
     assert_close(outputs(again.eval()), outputs(vit), atol=0, rtol=0)
+
+
+def test_a_file_from_before_positions_and_source_were_recorded_still_loads(tmp_path):
+    vit = tiny()
+    tensors = {name: tensor for name, tensor in vit.state_dict().items() if name != "mask_token"}
+    facts = {"name": vit.name, "options": vit.options, "image_size": 32}
+    path = save_tensors(tmp_path / "old.safetensors", tensors, facts)
+    again = load_backbone(path)
+    assert_close(outputs(again.eval()), outputs(vit), atol=0, rtol=0)
+    assert again.position_mode == "timm"
+    demo = load_backbone(Path(explora.__path__[0]) / "demo" / "source.safetensors")
+    assert demo.name == "vit_tiny_patch16_224"
 
 
 def test_an_adapted_model_is_no_backbone_before_it_is_merged(tmp_path):
@@ -138,7 +151,7 @@ def test_attaching_an_adapter_to_its_base_gives_the_backbone_file(tmp_path, meth
     attach(base, adapter)
     found = base.state_dict()
     expected = load_file(backbone)
-    assert found.keys() - {"mask_token"} == expected.keys()
+    assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert all(parameter.requires_grad for parameter in base.parameters())
 
@@ -186,6 +199,18 @@ def test_a_full_disk_leaves_nothing(full_disk: Path):
     assert old.read_bytes() == b"of an earlier run"
 
 
+@pytest.mark.parametrize("format", ["timm", "huggingface", "dinov2", "adapter", "peft", "onnx"])
+def test_a_full_disk_leaves_no_folder(tmp_path_factory, full_disk: Path, format):
+    run = tmp_path_factory.mktemp("run") / "pretrain"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        stage(run, stage_tiny("layerscale"), ExPLoRA(rank=2, alpha=2))
+    (full_disk / "filler").write_bytes(bytes(2**13))
+    with pytest.raises(RunError, match="No space left on device; free some space or choose another folder"):
+        explora.export(run, full_disk / "new" / "out", format)
+    assert [p.name for p in full_disk.iterdir()] == ["filler"]
+
+
 # Files of others
 
 
@@ -208,7 +233,7 @@ def test_a_teacher_checkpoint_is_unwrapped_without_its_heads(weights, tmp_path):
     teacher["dino_head.mlp.0.weight"] = torch.ones(3, 32)
     torch.save({"teacher": teacher, "student": {}, "epoch": 3}, tmp_path / "teacher.pth")
     config = ModelConfig(name=NAME, options=TINY, weights=str(tmp_path / "teacher.pth"), image_size=32)
-    vit, account = load_model(config)
+    vit, account, _ = load_model(config)
     assert account is not None
     assert account.unused == ("dino_head.mlp.0.weight",)
     assert fingerprint(vit.state_dict()) == fingerprint(weights)
@@ -229,6 +254,8 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, weights):
     torch.save({**weights, "extra": Runs(mark)}, path)
     with pytest.raises(WeightsError, match="could run code"):
         read_tensors(path)
+    with pytest.raises(WeightsError, match="could run code"):
+        explora.export(path, tmp_path / "out")
     path.write_bytes(pickle.dumps(Runs(mark), protocol=2))
     with pytest.raises(WeightsError, match="could run code"):
         read_tensors(path)

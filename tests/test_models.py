@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from explora.errors import WeightsError
 from explora.models import ModelConfig, ViT, build, fill, fingerprint, load_model
 from explora.models.attention import Group, attend
+from explora.models.blocks import Layout, residual
 from explora.models.vit import timm
 
 DEIT = Path(os.environ.get("EXPLORA_SHARED", "../shared")) / "data/weights/deit_tiny_patch16_224.in1k.safetensors"
@@ -141,15 +142,19 @@ def test_attention_in_bf16_and_in_groups_is_close_to_sdpa():
 
 
 def test_drop_path_keeps_the_mean_and_skips_whole_images():
-    vit = tiny()
-    vit.drop_path = 0.5
-    x, groups = vit._pack([torch.randn(4, 3, 16, 16), torch.randn(6, 3, 24, 24)], None)
-    full = vit._residual(lambda rows, _: torch.ones_like(rows), x, groups) - x
-    assert_close(full, torch.ones_like(x))  # eval mode drops nothing
-    vit.train()
-    drops = [vit._residual(lambda rows, _: torch.ones_like(rows), x, groups) - x for _ in range(400)]
+    groups = (Group(4, 5), Group(6, 10))
+    layout, x = Layout(groups, torch.arange(80.0)[:, None]), torch.randn(80, 3)
+
+    def ones(rows: Tensor, part: Layout) -> Tensor:
+        assert part.rope_TK is not None
+        assert len(part.rope_TK) == len(rows)
+        assert_close(rows, x[part.rope_TK[:, 0].long()])  # each token keeps its rotation
+        return torch.ones_like(rows)
+
+    assert_close(residual(ones, x, layout, 0.0) - x, torch.ones_like(x))
+    drops = [residual(ones, x, layout, 0.5) - x for _ in range(400)]
     for drop in drops[:5]:
-        for of_images in vit._unpack(drop, groups):
+        for of_images in (drop[:20].view(4, 5, 3), drop[20:].view(6, 10, 3)):
             kept = of_images[:, 0, 0]
             assert_close(of_images, kept.view(-1, 1, 1).expand_as(of_images), atol=1e-5, rtol=0)
             half_of_them = torch.tensor([0.0, 2.0]).repeat_interleave(len(kept) // 2)
@@ -166,6 +171,83 @@ def test_drop_path_only_while_training():
     dropped = vit.train()(images)
     assert [part.patches_BND.shape for part in dropped] == [part.patches_BND.shape for part in without]
     assert not torch.allclose(dropped[0].cls_BD, without[0].cls_BD)
+
+
+@pytest.mark.parametrize("options", [{"init_values": 0.5}, {"init_values": 0.5, "reg_tokens": 2}])
+@torch.no_grad()
+def test_drop_path_equals_a_pass_of_the_kept_images_alone(options):
+    """Of two images one is kept a branch: it is as if the branch, doubled, ran on that image alone."""
+    vit, image = tiny(**options), torch.randn(1, 3, 24, 40)
+    vit.drop_path = 0.5
+    x = vit._pack([image], None)[0].clone()
+    for block in vit.blocks:
+        for norm, inner, scale in ((block.norm1, block.attn, block.ls1), (block.norm2, block.mlp, block.ls2)):
+            x = x + 2 * scale(inner(norm(x[None])))[0]
+    twice = vit.norm(x)  # what an image becomes that is kept every time
+    for seed in range(200):
+        torch.manual_seed(seed)
+        both = vit.train()([image.expand(2, -1, -1, -1)])[0].cls_BD
+        if torch.allclose(both, twice[0].expand(2, -1), atol=1e-4):
+            pytest.fail("both images were kept")
+        if any(torch.allclose(one, twice[0], atol=1e-4) for one in both):
+            return
+    pytest.fail("no image was ever kept in all branches")
+
+
+# Untied norms of class tokens, and visible patches
+
+
+@torch.no_grad()
+def test_a_class_norm_replaces_the_final_norm_of_its_group_alone(pair):
+    vit, _ = pair
+    groups = [torch.randn(3, 3, 32, 32), torch.randn(5, 3, 24, 40)]
+    own = nn.LayerNorm(32, eps=1e-3)
+    nn.init.normal_(own.weight)
+    plain = vit(groups)
+    if vit.cls_token is None:
+        with pytest.raises(AssertionError, match="no class token"):
+            vit(groups, None, [None, own])
+        return
+    first, second = vit(groups, None, [None, own])
+    for tokens, expected in ((first, plain[0]), (second, plain[1])):
+        assert_close(tokens.patches_BND, expected.patches_BND)
+    assert_close(first.cls_BD, plain[0].cls_BD)
+    vit.norm = nn.Identity()
+    assert_close(second.cls_BD, own(vit([groups[1]])[0].cls_BD), atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_visible_equals_timms_blocks_on_what_is_left(pair):
+    vit, model = pair
+    images = torch.randn(3, 3, 32, 48)
+    keep = torch.rand(3, 24).argsort(1)[:, :7]
+    embedded = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    prefix, expected = model.num_prefix_tokens, []
+    for image, places in zip(embedded, keep, strict=True):
+        left = torch.stack([*image[:prefix], *(image[prefix + place] for place in places.tolist())])
+        expected.append(model.norm(model.blocks(left[None]))[0])
+    assert_close(vit.visible(images, keep), torch.stack(expected), atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_all_patches_visible_in_order_are_the_forward_pass(pair):
+    vit, _ = pair
+    images = torch.randn(2, 3, 24, 40)
+    tokens, whole = vit.visible(images, torch.arange(15).expand(2, -1)), vit([images])[0]
+    assert_close(tokens[:, vit.prefix_tokens :], whole.patches_BND)
+    if vit.cls_token is not None:
+        assert_close(tokens[:, 0], whole.cls_BD)
+
+
+@torch.no_grad()
+def test_what_is_not_visible_is_not_seen():
+    vit, images, keep = tiny(), torch.randn(1, 3, 32, 32), torch.tensor([[3, 9, 4]])
+    before = vit.visible(images, keep)
+    places = images.unfold(2, 8, 8).unfold(3, 8, 8)  # a view: (1, 3, 4, 4, 8, 8)
+    places[:, :, 3, 3] += 5  # patch 15
+    assert torch.equal(vit.visible(images, keep), before)
+    places[:, :, 2, 1] += 5  # patch 9
+    assert not torch.allclose(vit.visible(images, keep), before)
 
 
 # Which architectures
@@ -203,6 +285,18 @@ def test_what_is_no_plain_vit_is_refused(name):
 def test_options_that_do_not_fit_are_refused(options):
     with pytest.raises(WeightsError, match=next(iter(options)).replace("embed_dim", "divisible")):
         build(NAME, 32, options)
+
+
+# Bands
+
+
+@torch.no_grad()
+def test_other_bands_take_images_that_are_normalised_already():
+    vit = tiny(in_chans=5)
+    assert (vit.channels, vit.groups, vit.channel_groups) == (5, 1, None)
+    assert (vit.mean, vit.std) == ((0.0,) * 5, (1.0,) * 5)
+    images = torch.randn(2, 5, 24, 40)
+    assert_close(vit([images])[0].patches_BND, tokens_of(twin(vit, in_chans=5), images)[1], atol=2e-5, rtol=1e-5)
 
 
 # Loading
@@ -269,7 +363,7 @@ def test_positions_are_resampled_as_timm_does_at_load(options):
 @pytest.mark.skipif(not DEIT.exists(), reason="EXPLORA_SHARED has no DeiT-Ti weights here")
 @torch.no_grad()
 def test_real_deit_loads_whole_and_gives_timms_features():
-    vit, account = load_model(ModelConfig(name="deit_tiny_patch16_224", weights=str(DEIT)))
+    vit, account, _ = load_model(ModelConfig(name="deit_tiny_patch16_224", weights=str(DEIT)))
     assert account is not None
     assert account.missing == ("mask_token",)
     assert account.loaded == account.total - 192 == 5_717_416 - 193_000  # all but mask token and head

@@ -33,6 +33,8 @@ class ExPLoRA(Method):
     """Whether the class token learns."""
     mask_token: bool = False
     """Whether the mask token learns: useful where the source never saw one."""
+    patch_embed: bool = False
+    """Whether the patch embedding learns: needed when bands are new."""
 
     @property
     def scale(self) -> float:
@@ -46,6 +48,8 @@ class ExPLoRA(Method):
         if block_of(name) in resolve_blocks(self.blocks, vit.depth) or lora.is_lora(name):
             return True
         tokens = {"cls_token": self.cls_token, "mask_token": self.mask_token}
+        if self.patch_embed and name.startswith("patch_embed."):
+            return True
         return tokens.get(name, self.norms and is_norm(name))
 
     def merge(self, vit: ViT) -> None:

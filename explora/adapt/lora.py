@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import torch
@@ -10,11 +11,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from explora.adapt.base import Method, block_of, replace
+from explora.adapt.base import Method, replace
+from explora.errors import ConfigError
 from explora.models.vit import ViT
 
 Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
-_MODULE: dict[str, str] = {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+_MODULES: dict[str, tuple[str, ...]] = {
+    "proj": ("attn.proj",),
+    "fc1": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),  # a SwiGLU may keep its gate apart
+    "fc2": ("mlp.fc2",),
+}
+MAX_SCALE = 16.0
+"""The largest alpha / rank that is taken for meant: practice is 1/64 to 2."""
 
 
 class LoRALinear(nn.Linear):
@@ -99,25 +107,54 @@ def is_lora(name: str) -> bool:
     return name.rpartition(".")[2] in ("lora_a", "lora_b")
 
 
-def insert(vit: ViT, blocks: range | frozenset[int], targets: tuple[Target, ...], rank: int, scale: float) -> None:
-    """Give the named linear maps of some blocks their low-rank terms, in place; outputs do not change."""
+def insert(model: nn.Module, blocks: Iterable[int], targets: tuple[Target, ...], rank: int, scale: float) -> None:
+    """Give the named linear maps of some blocks their low-rank terms, in place; outputs do not change.
+
+    Args:
+        model: a ViT, or any module with timm's blocks as `blocks.N`, such as the decoder of a MAE.
+        scale: alpha / rank.
+
+    Raises:
+        ConfigError: the blocks lack a target, alpha / rank is absurd, or the rank is none of a low-rank term.
+    """
+    if scale > MAX_SCALE:
+        raise ConfigError(
+            f"alpha / rank is {scale:g}, and above {MAX_SCALE:g} the low-rank terms run away at any usual learning "
+            f"rate; lower alpha to {rank} or less"
+        )
     for index in sorted(blocks):
         parts = tuple(number for number, letter in enumerate("qkv") if letter in targets)
         if parts:
-            _adopt(vit, f"blocks.{index}.attn.qkv", parts, 3, rank, scale)
+            _adopt(model, _linears(model, f"blocks.{index}", ("attn.qkv",)), parts, 3, rank, scale)
         for target in targets:
-            if target in _MODULE:
-                _adopt(vit, f"blocks.{index}.{_MODULE[target]}", (0,), 1, rank, scale)
+            if target in _MODULES:
+                _adopt(model, _linears(model, f"blocks.{index}", _MODULES[target]), (0,), 1, rank, scale)
 
 
-def merge(vit: ViT) -> None:
+def merge(model: nn.Module) -> None:
     """Fold every low-rank term into its weight, in place."""
-    for name, module in list(vit.named_modules()):
+    for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
-            replace(vit, name, module.merged())
+            replace(model, name, module.merged())
 
 
-def _adopt(vit: ViT, name: str, parts: tuple[int, ...], pieces: int, rank: int, scale: float) -> None:
-    base = cast(nn.Linear, vit.get_submodule(name))
-    assert block_of(name) is not None
-    replace(vit, name, LoRALinear(base, parts, pieces, rank, scale))
+def _linears(model: nn.Module, block: str, places: tuple[str, ...]) -> dict[str, nn.Linear]:
+    inside = dict(model.get_submodule(block).named_modules())
+    found = {f"{block}.{place}": inside[place] for place in places if isinstance(inside.get(place), nn.Linear)}
+    if not found:
+        raise ConfigError(f"adapt.targets: {block} has no linear map {' or '.join(places)}; leave this target out")
+    return cast(dict[str, nn.Linear], found)
+
+
+def _adopt(
+    model: nn.Module, bases: dict[str, nn.Linear], parts: tuple[int, ...], pieces: int, rank: int, scale: float
+) -> None:
+    for name, base in bases.items():
+        assert not isinstance(base, LoRALinear), f"{name} has low-rank terms already"
+        most = min(base.in_features, base.out_features // pieces)
+        if rank >= most:
+            raise ConfigError(
+                f"rank {rank} of the low-rank terms: {name} is {most} wide, so only a rank below that is low; "
+                f"take {max(1, most // 4)} or less, or train the block in full"
+            )
+        replace(model, name, LoRALinear(base, parts, pieces, rank, scale))

@@ -3,7 +3,9 @@
 from explora.models.vit import BlockFeatures, Tokens, ViT, build
 from explora.models.weights import (
     Account,
+    Loaded,
     ModelConfig,
+    Source,
     fill,
     fingerprint,
     load_backbone,
@@ -14,7 +16,9 @@ from explora.models.weights import (
 __all__ = [
     "Account",
     "BlockFeatures",
+    "Loaded",
     "ModelConfig",
+    "Source",
     "Tokens",
     "ViT",
     "build",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,16 +30,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def save_backbone(path: Path, vit: ViT) -> Path:
-    """Write a plain (merged) ViT in timm's names.
+    """Write a plain (merged) ViT: timm's names plus `mask_token`, so that pretraining can go on from it.
 
-    `timm.create_model(name, num_classes=0, global_pool="token", fc_norm=False, img_size=...)` loads the tensors
-    strictly; the mask token, of which timm knows nothing, is left out.
+    `explora export` makes of it what timm and others load.
+
+    Raises:
+        WeightsError: the adapter has not been merged.
     """
-    tensors = {name: tensor for name, tensor in vit.state_dict().items() if name != "mask_token"}
+    tensors = vit.state_dict()
     adapted = [name for name in tensors if name.endswith(("lora_a", "lora_b"))]
     if adapted:
         raise WeightsError(f"merge the adapter before saving a backbone: it still holds {adapted[0]}")
-    return save_tensors(path, tensors, _facts(vit))
+    return save_tensors(path, tensors, facts_of(vit))
 
 
 def save_adapter(path: Path, vit: ViT, learnt: list[str], method: Mapping[str, Any]) -> Path:
@@ -46,15 +49,23 @@ def save_adapter(path: Path, vit: ViT, learnt: list[str], method: Mapping[str, A
     state = vit.state_dict()
     frozen = {name: tensor for name, tensor in state.items() if name not in learnt}
     metadata = {
-        **_facts(vit),
+        **facts_of(vit),
         "method": dict(method),
         "base": fingerprint(frozen),
     }
     return save_tensors(path, {name: state[name] for name in learnt}, metadata)
 
 
-def _facts(vit: ViT) -> dict[str, Any]:
-    return {"name": vit.name, "options": vit.options, "image_size": vit.image_size}
+def facts_of(vit: ViT) -> dict[str, Any]:
+    """What our files say of their model, from which `load_model` builds it again."""
+    return {
+        "name": vit.name,
+        "options": vit.options,
+        "image_size": vit.image_size,
+        "positions": vit.position_mode,
+        "channel_groups": vit.channel_groups,
+        "source": None if vit.source is None else dataclasses.asdict(vit.source),
+    }
 
 
 def load_adapter(path: str | Path, vit: ViT, method: Mapping[str, Any]) -> None:

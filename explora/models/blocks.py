@@ -1,0 +1,107 @@
+"""One transformer block over packed sequences: timm's plain `Block` and its `EvaBlock` (DINOv3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from explora.models.attention import Group, attend
+from explora.models.torchvision_compat import import_torchvision
+
+import_torchvision()
+from timm.layers import Attention, apply_rot_embed_cat  # noqa: E402
+from timm.models.eva import EvaAttention, EvaBlock  # noqa: E402
+from timm.models.vision_transformer import Block  # noqa: E402
+
+
+class Layout(NamedTuple):
+    """What a token axis is made of."""
+
+    groups: tuple[Group, ...]
+    rope_TK: Tensor | None = None
+    """Sines, then cosines, with which queries and keys of each token are rotated; None: not at all."""
+
+
+def known(block: nn.Module) -> bool:
+    """Whether `run_block` covers all parts of a block."""
+    if type(block) is Block:
+        return type(block.attn) is Attention and block.attn.gate is None
+    if type(block) is EvaBlock:
+        return type(block.attn) is EvaAttention and block.attn.qkv is not None and block.attn.gate is None
+    return False
+
+
+def run_block(block: Any, x_TD: Tensor, layout: Layout, drop: float = 0.0) -> Tensor:
+    """Attention, then the MLP, each added to the residual stream.
+
+    Args:
+        drop: the part of the images of each group that skips a branch (drop path); others count the more.
+    """
+    attention, mlp = _eva(block) if isinstance(block, EvaBlock) else _plain(block)
+    x_TD = residual(attention, x_TD, layout, drop)
+    return residual(mlp, x_TD, layout, drop)
+
+
+Branch = Callable[[Tensor, Layout], Tensor]
+
+
+def _plain(block: Any) -> tuple[Branch, Branch]:
+    return (
+        lambda x, layout: block.ls1(_attention(block.attn, block.norm1(x), layout)),
+        lambda x, _: block.ls2(block.mlp(block.norm2(x))),
+    )
+
+
+def _eva(block: EvaBlock) -> tuple[Branch, Branch]:
+    return (
+        lambda x, layout: _scaled(block.gamma_1, _attention(block.attn, block.norm1(x), layout)),
+        lambda x, _: _scaled(block.gamma_2, block.mlp(block.norm2(x))),
+    )
+
+
+def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+def _attention(attn: Any, x_TD: Tensor, layout: Layout) -> Tensor:
+    qkv = attn.qkv(x_TD)
+    if type(attn) is EvaAttention and attn.q_bias is not None:
+        qkv = qkv + torch.cat(_biases(attn)).to(qkv.dtype)
+    qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))
+    if layout.rope_TK is not None or not isinstance(attn.q_norm, nn.Identity):
+        q, k, v = qkv.unbind(1)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if layout.rope_TK is not None:
+            turn = layout.rope_TK.unsqueeze(1)
+            q, k = (apply_rot_embed_cat(part, turn, half=attn.rotate_half) for part in (q, k))
+        qkv = torch.stack([q.to(v.dtype), k.to(v.dtype), v], 1)
+    return attn.proj(attn.norm(attend(qkv, layout.groups).flatten(1)))
+
+
+def _biases(attn: Any) -> list[Tensor]:
+    return [attn.q_bias, attn.k_bias, attn.v_bias]  # that of k is zero and no parameter: softmax would not feel it
+
+
+def residual(branch: Branch, x_TD: Tensor, layout: Layout, drop: float) -> Tensor:
+    """`x + branch(x)`; with drop path the branch runs on a random part of the images of each group only."""
+    if drop <= 0:
+        return x_TD + branch(x_TD, layout)
+    kept = tuple(Group(max(1, round(g.images * (1 - drop))), g.tokens) for g in layout.groups)
+    rows, scale = _choose(layout.groups, kept, x_TD)
+    part = Layout(kept, None if layout.rope_TK is None else layout.rope_TK[rows])
+    return x_TD.index_add(0, rows, (branch(x_TD[rows], part) * scale).to(x_TD.dtype))
+
+
+def _choose(groups: Sequence[Group], kept: Sequence[Group], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The token rows of randomly kept images, and the factor that keeps the mean of each group."""
+    rows, scale, start = [], [], 0
+    for group, keep in zip(groups, kept, strict=True):
+        images = torch.randperm(group.images, device=like.device)[: keep.images]
+        tokens = torch.arange(group.tokens, device=like.device)
+        rows.append((start + images[:, None] * group.tokens + tokens).flatten())
+        scale.append(like.new_full((keep.images * keep.tokens, 1), group.images / keep.images))
+        start += group.images * group.tokens
+    return torch.cat(rows), torch.cat(scale)

@@ -1,0 +1,75 @@
+"""Channel groups (SatMAE, Cong et al. 2022): bands in groups, a token for each group at each patch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from explora.errors import WeightsError
+from explora.models.positions import sincos, sincos_grid
+from explora.models.torchvision_compat import import_torchvision
+
+import_torchvision()
+from timm.layers import PatchEmbed  # noqa: E402
+
+ChannelGroups = tuple[tuple[int, ...], ...]
+"""The channels of each group, such as ((0, 1, 2, 6), (3, 4, 5, 7), (8, 9))."""
+
+_SHARE = 4
+"""A group's own embedding takes this part of the width: 256 of 1024."""
+
+
+def check_groups(groups: ChannelGroups, channels: int, width: int) -> None:
+    """Refuse groups that do not fit a model.
+
+    Raises:
+        WeightsError: a channel is in no group or in several, or the width cannot be divided.
+    """
+    if not all(groups) or sorted(channel for group in groups for channel in group) != list(range(channels)):
+        raise WeightsError(
+            f"model.channel_groups {[list(group) for group in groups]}: each of the {channels} channels (0 to "
+            f"{channels - 1}) must be in one group; model.options.in_chans sets how many channels there are"
+        )
+    if width % (4 * _SHARE):
+        raise WeightsError(f"model.channel_groups needs a width that is a multiple of {4 * _SHARE}, got {width}")
+
+
+def group_embeds(groups: ChannelGroups, single: PatchEmbed) -> nn.ModuleList:
+    """A fresh patch embedding for each group, of the patch size and width of `single`."""
+    size, patch = single.img_size, single.patch_size
+    width, bias = single.proj.out_channels, single.proj.bias is not None
+    embeds = [PatchEmbed(size, patch, len(group), width, bias=bias) for group in groups]
+    for embed in embeds:
+        nn.init.xavier_uniform_(embed.proj.weight.flatten(1))  # a view: as a linear map, see MAE
+    return nn.ModuleList(embeds)
+
+
+def group_tables(groups: ChannelGroups, width: int, side: int, prefix: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """`pos_embed` (1, prefix + side * side, 3/4 D), its prefix rows zero, and `channel_embed` (1, G, D/4): sin-cos."""
+    own = width // _SHARE
+    places = pad(sincos_grid(width - own, side, side), (0, 0, prefix, 0))
+    return nn.Parameter(places[None]), nn.Parameter(sincos(own, torch.arange(len(groups)))[None])
+
+
+def group_positions(places_1NP: Tensor, channel_embed_1GC: Tensor, prefix: int) -> Tensor:
+    """(1, prefix + G N, P + C): every place with every group, group by group; prefix rows are of no group."""
+    own = channel_embed_1GC[0]
+    first, places = places_1NP[:, :prefix], places_1NP[:, prefix:]
+    whole = [places.expand(len(own), -1, -1), own[:, None].expand(-1, places.shape[1], -1)]
+    return torch.cat([pad(first, (0, own.shape[1])), torch.cat(whole, -1).flatten(0, 1)[None]], 1)
+
+
+def embed_groups(embeds: Iterable[nn.Module], groups: ChannelGroups, images_BCHW: Tensor) -> Tensor:
+    """(B, G N, D): all patches of the first group row by row, then those of the second, and so on."""
+    parts = zip(embeds, groups, strict=True)
+    return torch.cat([embed_patches(embed, images_BCHW[:, list(group)]) for embed, group in parts], 1)
+
+
+def embed_patches(embed: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """(B, N, D) by timm's `PatchEmbed`, at any size: its own forward takes one size only."""
+    assert isinstance(embed, PatchEmbed)
+    tokens: Tensor = embed.norm(embed.proj(images_BCHW).flatten(2).transpose(1, 2))
+    return tokens

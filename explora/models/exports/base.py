@@ -1,0 +1,119 @@
+"""What an export is made of, the contract of a format, and folders that come to be whole or not at all."""
+
+from __future__ import annotations
+
+import abc
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors.torch import save
+from torch import Tensor
+
+from explora.errors import RunError
+from explora.models.vit import ViT
+from explora.runs import sync
+
+
+@dataclass(frozen=True)
+class Content:
+    """What there is to export."""
+
+    vit: ViT
+    """The merged plain backbone, in eval mode."""
+    mean: tuple[float, ...]
+    """Channel means of images in [0, 1], as in training."""
+    std: tuple[float, ...]
+    """Channel standard deviations, as in training."""
+    licence: str
+    """That of the source weights."""
+    adapter: Path | None = None
+    """adapter.safetensors of the stage, where there is one."""
+    source: str | None = None
+    """Name of the file that training started from, `timm` for timm's own; None where nobody knows."""
+
+
+class Format(abc.ABC):
+    """One way to hand a model on. Whoever adds one names it in `explora.models.exports`."""
+
+    library: ClassVar[str]
+    """What loads it, as the Hugging Face hub calls it."""
+    needs_adapter: ClassVar[bool] = False
+    """Whether it is made of adapter.safetensors; such a format cannot come from a weights file alone."""
+
+    @abc.abstractmethod
+    def write(self, folder: Path, content: Content) -> None:
+        """Write the format's files into an existing folder.
+
+        Raises:
+            WeightsError: the format cannot hold this model, with the reason.
+            OSError: the disk is full; `new_folder` turns it into a RunError.
+        """
+
+    @abc.abstractmethod
+    def code(self, content: Content) -> str:
+        """Python that loads the files in `folder` and encodes a batch into `cls` (B, D) and `patches` (B, N, D)."""
+
+    def limits(self, content: Content) -> list[str]:
+        """Sentences about what this format leaves out or does otherwise."""
+        return []
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `out` once it is whole and on the disk.
+
+    Raises:
+        RunError: `out` exists, cannot be created, or the disk is full; nothing is left behind then.
+    """
+    if out.exists() or out.is_symlink():
+        raise RunError(f"{out}: exists already; give the name of a new folder")
+    made = [path for path in out.parents if not path.exists()]
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(f"{out.parent}: cannot create this folder: {error.strerror}") from None
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        temporary.rename(out)
+        sync(out.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # somebody else has moved in
+            for path in made:
+                path.rmdir()
+        if isinstance(error, OSError):
+            reason = f"{error.strerror}; free some space or choose another folder"
+            raise RunError(f"{out}: cannot write: {reason}") from None
+        raise
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors for other libraries, which ask for `format: pt` in the metadata."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.write_bytes(save(contiguous, {"format": "pt", **(metadata or {})}))
+
+
+def reading(vit: ViT, weights: str) -> str:
+    """The Python expression that reads `weights` (an expression itself) into this architecture through explora."""
+    facts: dict[str, Any] = {"name": vit.name, "options": vit.options, "image_size": vit.image_size}
+    facts |= {"positions": vit.position_mode, "channel_groups": vit.channel_groups}
+    words = [f"{name}={value!r}" for name, value in facts.items() if value]
+    return f"load_model(ModelConfig(weights={weights}, {', '.join(words)})).vit.eval()"
+
+
+def batch(content: Content) -> str:
+    """Python that makes `images`, a normalised batch (B, C, H, W), from pixels."""
+    vit = content.vit
+    return f"""\
+pixels = torch.zeros(2, {vit.channels}, {vit.image_size}, {vit.image_size}, dtype=torch.uint8)  # your images
+mean = torch.tensor({list(content.mean)}).view(-1, 1, 1)
+std = torch.tensor({list(content.std)}).view(-1, 1, 1)
+images = (pixels / 255 - mean) / std"""

@@ -1,0 +1,147 @@
+"""The model card of an export: what it is, how to load it, what it was made from, how good it is, where it ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from explora.models.exports.base import Content, Format
+
+UNKNOWN = "unknown"
+"""The licence of weights of which nobody recorded one; the hub has a tag of this name."""
+_HUB_LICENCES = ("apache-2.0", "mit", "cc-by-nc-4.0", "cc-by-4.0", "cc-by-sa-4.0", "bsd-3-clause", UNKNOWN)
+"""What the hub knows by these very names; everything else is `other` with a name of its own."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a stage's folder says about its model; empty where there is only a weights file."""
+
+    title: str
+    """Heading of the card."""
+    stage: str | None = None
+    """`pretrain`, `finetune`, or None for a weights file without a run."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """name, samples and fingerprint of the shards, as far as they are known."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """What was done, a word for each line."""
+    results: Sequence[Mapping[str, Any]] = ()
+    """Rows of results.jsonl about this model."""
+    baseline: str | None = None
+    """The model that `difference` in the results refers to."""
+    notes: Sequence[str] = ()
+    """What else a reader must know."""
+
+
+def card(facts: Facts, format: Format, content: Content) -> str:
+    """The text of README.md."""
+    parts = [
+        _front_matter(format, content.licence),
+        f"# {facts.title}",
+        _what(facts, content),
+        f"## Load it\n\n```python\n{format.code(content)}\n```",
+        f"## Data\n\n{_data(facts, content)}",
+        f"## Recipe\n\n{_recipe(facts)}",
+        f"## Licence\n\n{_licence(facts, content)}",
+        f"## Metrics\n\n{_metrics(facts)}",
+        f"## Limits\n\n{_limits(facts, format, content)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(format: Format, licence: str) -> str:
+    slug = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")
+    lines = ["---", f"library_name: {format.library}", "pipeline_tag: image-feature-extraction"]
+    known = slug in _HUB_LICENCES
+    lines += [f"license: {slug}"] if known else ["license: other", f"license_name: {slug}"]
+    return "\n".join([*lines, "tags:", "- explora", "- vision-transformer", "- remote-sensing", "---"])
+
+
+def _what(facts: Facts, content: Content) -> str:
+    vit = content.vit
+    done = {
+        "pretrain": "adapted to new imagery by continued self-supervised pretraining",
+        "finetune": "fine-tuned on labelled images; its head is not part of this",
+    }
+    text = f"A vision transformer, {done.get(facts.stage or '', 'as it was read from a weights file')}.\n\n"
+    rows = {
+        "architecture": f"{vit.name}{f' with {vit.options}' if vit.options else ''}, in timm's words",
+        "blocks, width": f"{vit.depth}, {vit.width}",
+        "image": f"{vit.image_size} px square, patches of {vit.patch_size} px",
+        "position embedding": f"{vit.position_mode} resampling" if vit.pos_embed is not None else "rotary",
+        "training started from": _source(facts, content),
+    }
+    return text + _table(rows)
+
+
+def _source(facts: Facts, content: Content) -> str:
+    source = content.vit.source
+    if source is not None and source.format != "explora":
+        return f"`{source.file}` ({source.format})"
+    if content.source is not None:
+        return f"`{content.source}`"
+    return "random weights" if facts.stage else "not known"
+
+
+def _data(facts: Facts, content: Content) -> str:
+    channels = content.vit.channels
+    rows = dict(facts.data)
+    rows["bands"] = "red, green, blue" if channels == 3 else f"{channels} channels, in the order of the shards"
+    scaled = "uint8, divided by 255, " if channels == 3 else ""
+    rows |= {"units": f"{scaled}minus mean, divided by std", "mean": content.mean, "std": content.std}
+    return ("" if facts.data else "What it was trained on is not known here.\n\n") + _table(rows)
+
+
+def _recipe(facts: Facts) -> str:
+    return _table(facts.recipe) if facts.recipe else "Not known: this comes from a weights file without its run."
+
+
+def _licence(facts: Facts, content: Content) -> str:
+    started = _source(facts, content)
+    if started == "random weights":
+        return "Training started from random weights, so that no licence of others' weights is carried on."
+    if content.licence == UNKNOWN:
+        return (
+            f"Unknown. The licence of the weights that training started from ({started}) is not recorded, and it "
+            "governs these weights too: find it out before you pass them on."
+        )
+    return f"The weights that training started from, {started}, are under {content.licence}; it governs these too."
+
+
+def _metrics(facts: Facts) -> str:
+    if not facts.results:
+        return "Not measured: no probe's results lie beside this run."
+    head = ["data", "evaluator", "top-1, %", "95 % interval", f"against {facts.baseline}"]
+    lines = [head, ["---"] * len(head)]
+    for row in facts.results:
+        difference = "" if row["difference"] is None else f"{row['difference']:+.1f} " + _interval(row, "difference_")
+        lines.append([row["data"], row["evaluator"], f"{row['value']:.1f}", _interval(row), difference])
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{rows}\n\nTest images: {', '.join(sorted({str(row['n']) for row in facts.results}))}. `target` is the new "
+        "imagery, `source` what the model knew before; differences are paired over the same images."
+    )
+
+
+def _interval(row: Mapping[str, Any], prefix: str = "") -> str:
+    return f"[{row[f'{prefix}low']:.1f}, {row[f'{prefix}high']:.1f}]"
+
+
+def _limits(facts: Facts, format: Format, content: Content) -> str:
+    lines = [
+        "It encodes images; it has no head for a task.",
+        "It was made for imagery like its training data: another sensor, season or resolution needs its own test.",
+        *facts.notes,
+        *format.limits(content),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())])
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
