@@ -1,18 +1,19 @@
-"""DINOv2's losses against textbook forms, and over two ranks against one."""
+"""DINOv2's losses against textbook forms; `test_ranks.py` has them over two ranks."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from tiny_dinov2 import naive_koleo
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from explora.objectives import losses
+from explora.objectives.health import agreement, entropy
+from explora.objectives.koleo import koleo
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
@@ -73,7 +74,7 @@ def test_sinkhorn_stays_exact_where_the_exponential_overflows(scale):
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("loss", [lambda x: losses.sinkhorn(x, 0.04), losses.batch_center, losses.koleo])
+@pytest.mark.parametrize("loss", [lambda x: losses.sinkhorn(x, 0.04), lambda x: losses.batch_center(x, x[0]), koleo])
 def test_autocast_lowers_no_precision(loss):
     logits = torch.randn(32, 64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -86,22 +87,6 @@ def test_sinkhorn_uses_all_prototypes_alike():
     assert_close(targets.mean(0), torch.full((16,), 1 / 16), rtol=1e-3, atol=0)
 
 
-def _on_a_rank(rank: int, store: str, logits: Tensor, results: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mine = logits.tensor_split([20])[rank]
-    torch.save([losses.sinkhorn(mine, 0.04), losses.batch_center(mine)], f"{results}/{rank}.pth")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_see_one_batch(tmp_path: Path):
-    logits = torch.randn(64, 48)  # 20 rows on one rank, 44 on the other
-    torch.multiprocessing.spawn(_on_a_rank, (str(tmp_path / "store"), logits, str(tmp_path)), nprocs=2)
-    parts, centers = zip(*(torch.load(tmp_path / f"{rank}.pth") for rank in range(2)), strict=True)
-    assert_close(torch.cat(parts), losses.sinkhorn(logits, 0.04), atol=1e-6, rtol=0)
-    assert_close(centers[0], logits.mean(0))
-    assert torch.equal(centers[0], centers[1])
-
-
 # The others
 
 
@@ -109,38 +94,31 @@ def test_centred_softmax():
     logits, center = torch.randn(5, 7), torch.randn(7)
     exps = torch.exp((logits.double() - center.double()) / 0.05)
     assert_close(losses.centred_softmax(logits, center, 0.05).double(), exps / exps.sum(1, keepdim=True), **CLOSE)
-    assert_close(losses.batch_center(logits), logits.mean(0))
+    assert_close(losses.batch_center(logits, center), logits.mean(0))
+    assert torch.equal(losses.batch_center(logits[:0], center), center)
 
 
 def test_cross_entropy_is_torchs():
     logits, targets = torch.randn(5, 7), torch.rand(5, 7).softmax(1)
     ours = losses.cross_entropy(targets, losses.student_log_probabilities(logits, 0.1)).mean()
     assert_close(ours, F.cross_entropy(logits / 0.1, targets), **CLOSE)
-    assert_close(losses.entropy(targets), F.cross_entropy(targets.log(), targets), **CLOSE)
-    assert_close(losses.entropy(torch.eye(4)), torch.tensor(0.0), **CLOSE)
-    assert_close(losses.entropy(torch.full((3, 8), 1 / 8)), torch.tensor(math.log(8)), **CLOSE)
-
-
-def naive_koleo(features: Tensor) -> Tensor:
-    unit = [row / row.norm() for row in features]
-    total = features.new_zeros(())
-    for i, row in enumerate(unit):
-        total = total - torch.log(min((row - other).norm() for j, other in enumerate(unit) if j != i))
-    return total / len(unit)
+    assert_close(entropy(targets), F.cross_entropy(targets.log(), targets), **CLOSE)
+    assert_close(entropy(torch.eye(4)), torch.tensor(0.0), **CLOSE)
+    assert_close(entropy(torch.full((3, 8), 1 / 8)), torch.tensor(math.log(8)), **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 9])
 def test_koleo_and_its_gradient_are_the_naive_ones(rows):
     features = torch.randn(rows, 5, requires_grad=True)
     double = features.detach().double().requires_grad_()
-    ours, naive = losses.koleo(features), naive_koleo(double)
+    ours, naive = koleo(features), naive_koleo(double)
     assert_close(ours.double(), naive, **CLOSE)
     assert_close(*(torch.autograd.grad(a, b)[0].double() for a, b in ((ours, features), (naive, double))), **CLOSE)
 
 
 def test_koleo_without_a_neighbour_is_nothing():
     features = torch.randn(1, 5, requires_grad=True)
-    value = losses.koleo(features)
+    value = koleo(features)
     value.backward()
     assert value == 0
     assert not features.grad.any()
@@ -148,7 +126,38 @@ def test_koleo_without_a_neighbour_is_nothing():
 
 def test_koleo_of_equal_rows_is_finite():
     features = torch.ones(4, 5, requires_grad=True)
-    value = losses.koleo(features)
+    value = koleo(features)
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(features.grad).all()
+
+
+def test_agreement_counts_rows_with_the_targets_prototype():
+    scores, targets = torch.eye(4)[[0, 1, 2, 3]], torch.eye(4)[[0, 1, 3, 2]]
+    assert agreement(scores, targets) == 0.5
+    assert agreement(scores[None], scores[None]) == 1
+
+
+def naive_sinkhorn(logits_NK: Tensor, temperature: float) -> Tensor:
+    """Rows and columns divided by their sums, one at a time."""
+    q = torch.exp(logits_NK / temperature)
+    for _ in range(3):
+        for column in range(q.shape[1]):
+            q[:, column] /= q[:, column].sum()
+        for row in range(len(q)):
+            q[row] /= q[row].sum()
+    return q
+
+
+def test_the_gradient_through_targets_and_scores_is_the_naive_one():
+    teacher, scores = torch.rand(9, 6).double(), torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    targets = losses.sinkhorn(teacher, 0.05)
+    assert targets.dtype == torch.float64
+    ours = losses.cross_entropy(targets, losses.student_log_probabilities(scores, 0.1)).mean()
+    naive = -sum(
+        weight * (score / 0.1 - torch.logsumexp(row / 0.1, 0))
+        for weights, row in zip(naive_sinkhorn(teacher, 0.05), scores, strict=True)
+        for weight, score in zip(weights, row, strict=True)
+    ) / len(scores)
+    assert_close(ours, naive)
+    assert_close(*(torch.autograd.grad(value, scores)[0] for value in (ours, naive)))

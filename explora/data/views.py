@@ -51,9 +51,9 @@ class Key(NamedTuple):
 class Views(Config):
     """How images become a batch; picked in YAML by `name`."""
 
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[float, ...] = IMAGENET_MEAN
     """Channel means of images in [0, 1]; those the backbone was trained with."""
-    std: tuple[Strength, Strength, Strength] = IMAGENET_STD
+    std: tuple[Strength, ...] = IMAGENET_STD
     """Channel standard deviations of images in [0, 1]."""
 
     @abstractmethod
@@ -78,14 +78,22 @@ class Views(Config):
 
     @model_validator(mode="after")
     def _positive_std(self) -> Views:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}; give both for every channel")
         if min(self.std) <= 0:
             raise ValueError("std must be above 0 in every channel")
         return self
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images (..., 3, H, W) in [0, 1] to zero mean and unit variance, in place; returns them."""
-        mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
+        """Images (..., C, H, W) in [0, 1] to zero mean and unit variance, in place; returns them."""
+        mean, std = (images.new_tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
         return images.sub_(mean).div_(std)
+
+    def pixels(self, images: Tensor) -> np.ndarray:
+        """Normalised images (B, C, H, W) back to uint8 (B, H, W, C), for people to look at."""
+        mean, std = (images.new_tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
+        levels = (images.float() * std + mean).mul(255).round().clamp(0, 255)
+        return levels.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
 
 
 class Center(Views):
@@ -260,9 +268,6 @@ class MultiCrop(Views):
             solarize=solarize,
         )
         return crop, row
-
-
-AnyViews: TypeAlias = Annotated[MultiCrop | Crop | Center, Field(discriminator="name")]
 
 
 def check_range(name: str, limits: Range) -> None:

@@ -1,7 +1,7 @@
-"""Devices, ranks and reductions; without a process group every function is that of one process."""
+"""Devices, ranks, reductions; without a process group every function is that of one process."""
 
 from explora.distributed.device import Precision, autocast, device_of, precision_on
-from explora.distributed.world import all_reduce_max, all_reduce_sum, size
+from explora.distributed.world import all_reduce_max, all_reduce_sum, gather_counts, gather_rows, rank, size
 
 __all__ = [
     "Precision",
@@ -9,6 +9,9 @@ __all__ = [
     "all_reduce_sum",
     "autocast",
     "device_of",
+    "gather_counts",
+    "gather_rows",
     "precision_on",
+    "rank",
     "size",
 ]

@@ -17,15 +17,22 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepOutput:
-    """The loss of one micro-batch, already weighted by its share of the step, and the parts it is made of."""
+    """The loss of one micro-batch, already weighted by its share of the step, and the parts it is made of.
+
+    The share is that of the images of the step on all ranks and in all micro-batches: losses and gradients are
+    summed over both, never averaged, so that batches of unequal size weigh what they hold.
+    """
 
     loss: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars for the log, weighted alike, so that their sums over a step's micro-batches are its values."""
+    """Scalars for the log, weighted alike: their sums over a step's micro-batches and ranks are its values."""
 
 
 class Objective(nn.Module, abc.ABC):
-    """What is learnt. A step calls `targets` once, `forward` and backward per micro-batch, then `after_step`."""
+    """What is learnt. A step calls `targets` once, `forward` and backward per micro-batch, then `after_step`.
+
+    With several ranks each passes its own images; gradients are summed over ranks before the optimizer's step.
+    """
 
     inputs: frozenset[str]
     """The views a batch must hold."""
@@ -55,6 +62,14 @@ class Objective(nn.Module, abc.ABC):
 
     def after_step(self, progress: Progress) -> None:
         """What follows an optimizer step."""
+
+    def health(self) -> dict[str, float]:
+        """Numbers about the last step that are no sums over its parts; reading them waits for the device."""
+        return {}
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """What this objective makes of a batch, each (B, C, H, W), normalised as the batch is; often nothing."""
+        return {}
 
     def role(self, name: str) -> str:
         """The part that a parameter plays, for `lr_scale`: `backbone` or `head` unless a subclass knows more."""

@@ -2,85 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from explora.config import Config
-from explora.errors import ConfigError
+from explora.distributed import gather_counts, rank
 from explora.models import Tokens, ViT
-from explora.objectives import losses
+from explora.objectives import koleo, losses
 from explora.objectives.base import Batch, Objective, StepOutput
-from explora.objectives.heads import DINOHead
-from explora.schedules import Length, LengthField, Progress, cosine, linear
+from explora.objectives.dinov2_config import DINOv2Config, HeadConfig
+from explora.objectives.gram import gram_loss
+from explora.objectives.health import PrototypeUse, agreement, entropy
+from explora.objectives.student import Student, over_frozen
+from explora.schedules import Progress, cosine, linear
 
-Temperature = Annotated[float, Field(gt=0)]
-Momentum = Annotated[float, Field(ge=0, le=1)]
-
-
-class HeadConfig(Config):
-    """The projection head, always fresh: no published checkpoint contains one."""
-
-    prototypes: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
-    """K; `auto` takes the power of two nearest to 32 rows' worth, 64 x batch, between 256 and 65,536."""
-    hidden: int = Field(2048, ge=1)
-    """Width of the hidden layers."""
-    bottleneck: int = Field(256, ge=1)
-    """Width of the sphere on which the prototypes lie."""
-    layers: int = Field(3, ge=1)
-    """Linear layers before the prototypes."""
-    separate: bool = False
-    """Whether iBOT has a head of its own."""
-
-    def resolve(self, batch: int) -> int:
-        """The number of prototypes for a batch of so many images."""
-        if self.prototypes != "auto":
-            return self.prototypes
-        return min(65_536, max(256, 2 ** round(math.log2(64 * batch))))
-
-
-class DINOv2Config(Config):
-    """Settings of the objective; the defaults are the official short recipe's where it has them."""
-
-    name: Literal["dinov2"] = "dinov2"
-    """Picks this objective."""
-    head: HeadConfig = HeadConfig()
-    """Shape of the projection heads."""
-    centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
-    """How the teacher's targets keep all prototypes in use."""
-    dino_weight: float = Field(1.0, ge=0)
-    """Weight of the loss on class tokens."""
-    ibot_weight: float = Field(1.0, ge=0)
-    """Weight of the loss on masked patches."""
-    koleo_weight: float = Field(0.1, ge=0)
-    """Weight of the loss that spreads the class tokens of a batch apart."""
-    koleo_over: Literal["batch", "micro_batch"] = "batch"
-    """Where KoLeo looks for neighbours; over the batch costs one more student pass when a step has micro-batches."""
-    center_momentum: float = Field(0.9, ge=0, lt=1)
-    """EMA momentum of the centres of `softmax`."""
-    student_temperature: Temperature = 0.1
-    """Divides the student's scores before the softmax."""
-    teacher_temperature: tuple[Temperature, Temperature] = (0.04, 0.07)
-    """Start and end of the linear ramp."""
-    temperature_warmup: LengthField = Length(30, "%")
-    """Length of that ramp."""
-    momentum: tuple[Momentum, Momentum] = (0.992, 1.0)
-    """Start and end of the teacher's EMA momentum, along half a cosine."""
-    freeze_last_layer: LengthField = Length(1, "%")
-    """For how long the prototypes stand still."""
-    head_warmup: LengthField = Length(0, "steps")
-    """For how long only the heads learn: the backbone is frozen and gets no gradients."""
-    backbone_ramp: LengthField = Length(0, "steps")
-    """Over what length the backbone's learning rate then rises from zero to its schedule."""
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    """Share of images that skip a residual branch of the student."""
-    force: bool = False
-    """Accept more than 512 prototypes a row under Sinkhorn."""
+__all__ = ["DINOv2", "DINOv2Config", "HeadConfig", "Target"]
 
 
 class Target(NamedTuple):
@@ -89,60 +28,50 @@ class Target(NamedTuple):
     cls: Tensor
     """(2, B, K): the target that each student crop meets, so the other crop's."""
     patches: Tensor
-    """(M, K): one row a masked patch, in the order of the mask."""
-    koleo: tuple[Tensor, Tensor] | None
-    """KoLeo of the whole batch and its gradient (2, B, D) with respect to these class tokens of the student."""
+    """(M, K): one row a masked patch."""
+    masked: Tensor
+    """(M,): where these patches are among all 2 B N of the micro-batch."""
+    koleo: koleo.Cached | None
+    """KoLeo over the step's micro-batches, when there are several."""
+    counts: list[int]
+    """Images of the step on each rank."""
     share: float
-    """This micro-batch's part of the images of the step."""
+    """This micro-batch's part of the images of the step, on all ranks."""
     seed: int
     """Drop path draws from it, so that KoLeo over the batch and the loss see the same student."""
-
-
-class Student(nn.Module):
-    """A backbone and its heads; the teacher has the same shape."""
-
-    def __init__(self, backbone: ViT, config: HeadConfig, prototypes: int) -> None:
-        super().__init__()
-        shape = backbone.width, prototypes, config.hidden, config.bottleneck, config.layers
-        self.backbone = backbone
-        self.dino_head = DINOHead(*shape)
-        self.ibot_head = DINOHead(*shape) if config.separate else None
-
-    def patch_logits(self, patches_MD: Tensor) -> Tensor:
-        return (self.dino_head if self.ibot_head is None else self.ibot_head)(patches_MD)
 
 
 class DINOv2(Objective):
     """Student and EMA teacher over one frozen base: the teacher owns only what the student trains.
 
     Args:
-        backbone: adapted and frozen where the method says so.
+        backbone: adapted and frozen where the method says so; as it stands now, it is the anchor of `gram_weight`.
         batch: images of one optimizer step over all ranks; sets `auto` prototypes.
+        micro_batch: images that one rank passes at once; the whole batch when left out.
 
     Raises:
-        ConfigError: more than 512 prototypes a row under Sinkhorn, unless forced.
+        ConfigError: more than 512 prototypes a row under Sinkhorn, unless forced; KoLeo without neighbours; nothing
+            to learn.
     """
 
     inputs = frozenset({"global", "local", "mask"})
 
-    def __init__(self, config: DINOv2Config, backbone: ViT, batch: int) -> None:
+    def __init__(self, config: DINOv2Config, backbone: ViT, batch: int, micro_batch: int | None = None) -> None:
         super().__init__()
+        config.check(batch, batch if micro_batch is None else micro_batch)
         self.config = config
         self.prototypes = config.head.resolve(batch)
-        if config.centering == "sinkhorn" and self.prototypes > 512 * 2 * batch and not config.force:
-            raise ConfigError(
-                f"objective.head.prototypes: {self.prototypes:,} prototypes for {2 * batch} rows a step leave Sinkhorn "
-                "targets almost uniform; use 'auto', a larger batch, centering 'softmax' or objective.force"
-            )
         backbone.drop_path = config.drop_path
-        self.student = Student(backbone, config.head, self.prototypes)
-        frozen = {id(p): p for p in self.student.parameters() if not p.requires_grad}
-        self.teacher = copy.deepcopy(self.student, memo=frozen).requires_grad_(False)
+        self.student = Student(backbone, config, self.prototypes)
+        self.teacher = over_frozen(self.student)
+        self.teacher.local_norm = None
+        self.anchor = over_frozen(backbone) if config.gram_weight > 0 else None
         students = dict(self.student.named_parameters())
         self._pairs = [(p, students[name]) for name, p in self.teacher.named_parameters() if p is not students[name]]
         self.cls_center = nn.Buffer(torch.zeros(self.prototypes))
         self.patch_center = nn.Buffer(torch.zeros(self.prototypes))
         self._moves: list[tuple[Tensor, Tensor]] = []  # centres and where this step's batch draws them
+        self._use = PrototypeUse()
         self.train()
 
     @property
@@ -158,12 +87,16 @@ class DINOv2(Objective):
         return [module for name, module in self.student.named_children() if name != "backbone"]
 
     def train(self, mode: bool = True) -> DINOv2:
-        """The teacher always runs in eval mode."""
+        """Teacher and anchor always run in eval mode."""
         super().train(mode)
         self.teacher.eval()
+        if self.anchor is not None:
+            self.anchor.eval()
         return self
 
     def role(self, name: str) -> str:
+        if ".local_norm." in name:
+            return "backbone"  # a part of it that happens to live outside, with the same warm-up and ramp
         return "last_layer" if ".last_layer." in name else super().role(name)
 
     def lr_scale(self, role: str, progress: Progress) -> float:
@@ -173,44 +106,62 @@ class DINOv2(Objective):
             return progress.over(self.config.backbone_ramp, after=self.config.head_warmup)
         return 1.0
 
+    def learnt(self) -> dict[str, Tensor]:
+        """All but the frozen base and the anchor, which the source weights give again at every start."""
+        return {name: tensor for name, tensor in super().learnt().items() if not name.startswith("anchor.")}
+
+    def health(self) -> dict[str, float]:
+        use = self._use.value()
+        return {} if use is None else {"prototype_use": use}
+
     @torch.no_grad()
     def targets(self, micro_batches: Sequence[Batch], progress: Progress) -> list[Target]:
-        """Teacher logits of all micro-batches, centred together."""
-        self._moves.clear()
-        cls_logits, patch_logits = zip(*(self._teach(batch) for batch in micro_batches), strict=True)
+        """Teacher logits of all micro-batches of all ranks, centred together."""
         images = [batch["global"].shape[1] for batch in micro_batches]
+        # The only two that wait for a GPU, here, where it has nothing queued yet.
+        counts = gather_counts(sum(images), micro_batches[0]["global"].device)
+        masked = [batch["mask"].flatten().nonzero().squeeze(1) for batch in micro_batches]
+
+        taught = [self._teach(batch, places) for batch, places in zip(micro_batches, masked, strict=True)]
+        cls_logits, patch_logits = zip(*taught, strict=True)
         temperature = linear(*self.config.teacher_temperature, progress.over(self.config.temperature_warmup))
-        cls = self._centre(torch.cat([part.flatten(0, 1) for part in cls_logits]), self.cls_center, temperature)
+        self._moves.clear()
+        cls = self._centre(torch.cat(cls_logits), self.cls_center, temperature)
         patches = self._centre(torch.cat(patch_logits), self.patch_center, temperature)
-        cls_parts = cls.split([2 * count for count in images])
-        patch_parts = patches.split([len(part) for part in patch_logits])
-        seeds = torch.randint(2**62, (len(micro_batches),)).tolist()
-        koleos = self._koleo_of_batch(micro_batches, seeds, progress)
+        self._use.observe(cls, 2 * sum(counts))
+
+        cls_parts = [part.unflatten(0, (2, -1)).flip(0) for part in cls.split([2 * count for count in images])]
+        patch_parts = patches.split([len(places) for places in masked])
+        seeds = [seed + rank() for seed in torch.randint(2**62, (len(micro_batches),)).tolist()]
+        koleos = self._koleos(micro_batches, counts, seeds, progress)
         return [
-            Target(cls_part.unflatten(0, (2, count)).flip(0), patch_part, koleo, count / sum(images), seed)
-            for cls_part, patch_part, koleo, count, seed in zip(
-                cls_parts, patch_parts, koleos, images, seeds, strict=True
+            Target(cls_part, patch_part, places, cached, counts, count / sum(counts), seed)
+            for cls_part, patch_part, places, cached, count, seed in zip(
+                cls_parts, patch_parts, masked, koleos, images, seeds, strict=True
             )
         ]
 
     def forward(self, batch: Batch, target: Target, progress: Progress) -> StepOutput:
         """Loss of one micro-batch: DINO over 2 + 2L pairs, iBOT over masked patches, KoLeo over each global crop."""
-        config, mask = self.config, batch["mask"].flatten(0, 1)
+        config = self.config
         tokens = self._study(batch, target.seed, progress)
-        views = [tokens[0].cls_BD.unflatten(0, (2, -1))]
-        views += [part.cls_BD.unflatten(0, (-1, views[0].shape[1])) for part in tokens[1:]]
+        views = [part.cls_BD.unflatten(0, (-1, batch["global"].shape[1])) for part in tokens]
         logits = self.student.dino_head(torch.cat(views))
         logp = losses.student_log_probabilities(logits, config.student_temperature)
-        local_views = len(logp) - 2
-        pairs = 2 + 2 * local_views
+        pairs = 2 + 2 * (len(logp) - 2)
         dino_global = losses.cross_entropy(target.cls, logp[:2]).mean(1).sum() / pairs
         both = target.cls.sum(0, keepdim=True)
         dino_local = losses.cross_entropy(both, logp[2:]).mean(1).sum() / pairs
-        ibot = self._ibot(tokens[0].patches_BND, mask, target.patches)
-        koleo = self._koleo(views[0], target)
-        parts = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot / 2, "koleo": koleo / 2}
-        loss = config.dino_weight * (dino_global + dino_local) + config.ibot_weight * ibot + config.koleo_weight * koleo
-        parts["target_entropy"] = losses.entropy(target.cls)
+        ibot = self._ibot(tokens[0].patches_BND, batch["mask"].flatten(0, 1), target)
+        spread = self._koleo(views[0], target)
+        parts = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot / 2, "koleo": spread / 2}
+        loss = config.dino_weight * (dino_global + dino_local) + config.ibot_weight * ibot
+        loss = loss + config.koleo_weight * spread
+        if self.anchor is not None:
+            parts["gram"] = self._gram(self.anchor, batch, tokens[0].patches_BND)
+            loss = loss + config.gram_weight * parts["gram"]
+        parts["agreement"] = agreement(logp[:2], target.cls)
+        parts["target_entropy"] = entropy(target.cls)
         parts["loss_over_lnk"] = (dino_global + dino_local) / math.log(self.prototypes)
         return StepOutput(loss * target.share, {name: part.detach() * target.share for name, part in parts.items()})
 
@@ -223,61 +174,62 @@ class DINOv2(Objective):
         teachers, students = zip(*self._pairs, strict=True)
         torch._foreach_lerp_(list(teachers), list(students), 1 - momentum)
 
-    def _teach(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Teacher logits: (2, B, K) of the class tokens, (M, K) of the masked patches."""
-        views, images = batch["global"].shape[:2]
+    def _teach(self, batch: Batch, masked_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher logits: (2 B, K) of the class tokens, (M, K) of the masked patches."""
         tokens = self.teacher.backbone([batch["global"].flatten(0, 1)])[0]
-        cls = self.teacher.dino_head(tokens.cls_BD).unflatten(0, (views, images))
-        return cls, self.teacher.patch_logits(tokens.patches_BND[batch["mask"].flatten(0, 1)])
+        patches = tokens.patches_BND.flatten(0, 1).index_select(0, masked_M)
+        return self.teacher.dino_head(tokens.cls_BD), self.teacher.patch_logits(patches)
 
-    def _study(
-        self, batch: Batch, seed: int, progress: Progress, views: Sequence[str] = ("global", "local")
-    ) -> list[Tokens]:
+    def _study(self, batch: Batch, seed: int, progress: Progress, *, local: bool = True) -> list[Tokens]:
         torch.manual_seed(seed)
-        crops = [batch[name].flatten(0, 1) for name in views if len(batch[name])]
-        masks = [batch["mask"].flatten(0, 1), None][: len(crops)]
         learns = torch.is_grad_enabled() and progress.over(self.config.head_warmup) >= 1
         with torch.set_grad_enabled(learns):
-            return self.student.backbone(crops, masks)
+            return self.student.encode(batch, local=local)
 
     def _centre(self, logits: Tensor, center: Tensor, temperature: float) -> Tensor:
-        if not len(logits):
-            return logits.float()
+        """Targets from logits. Without a single row, too, a rank takes part in what all ranks compute."""
         if self.config.centering == "sinkhorn":
             return losses.sinkhorn(logits, temperature)
-        self._moves.append((center, losses.batch_center(logits)))
+        self._moves.append((center, losses.batch_center(logits, center)))
         return losses.centred_softmax(logits, center, temperature)
 
-    def _ibot(self, patches_BND: Tensor, mask_BN: Tensor, targets_MK: Tensor) -> Tensor:
-        """Sum over masked patches of cross-entropy / masked patches of that image, over all global crops."""
-        if not len(targets_MK):
-            return patches_BND.sum() * 0
-        logits = self.student.patch_logits(patches_BND[mask_BN])
+    def _ibot(self, patches_BND: Tensor, mask_BN: Tensor, target: Target) -> Tensor:
+        """Sum over masked patches of cross-entropy / masked patches of that image, over all global crops.
+
+        Without any it is 0, with gradients of 0, so that the same parameters learn on every rank.
+        """
+        logits = self.student.patch_logits(patches_BND.flatten(0, 1).index_select(0, target.masked))
         logp = losses.student_log_probabilities(logits, self.config.student_temperature)
-        weights = (1 / mask_BN.sum(1).clamp_min(1)).repeat_interleave(mask_BN.sum(1))
-        return (losses.cross_entropy(targets_MK, logp) * weights).sum() / len(mask_BN)
+        weights = (1 / mask_BN.sum(1).clamp_min(1))[target.masked // mask_BN.shape[1]]
+        return (losses.cross_entropy(target.patches, logp) * weights).sum() / len(mask_BN)
+
+    def _gram(self, anchor: ViT, batch: Batch, patches_BND: Tensor) -> Tensor:
+        """All patch tokens of the student's crops, masked ones too (as DINOv3), against the unmasked anchor's."""
+        with torch.no_grad():
+            anchors = anchor([batch["global"].flatten(0, 1)])[0].patches_BND
+        return gram_loss(patches_BND, anchors)
+
+    @property
+    def _spreads_over_batch(self) -> bool:
+        return self.config.koleo_weight > 0 and self.config.koleo_over == "batch"
 
     def _koleo(self, cls_2BD: Tensor, target: Target) -> Tensor:
+        if not self._spreads_over_batch:
+            return koleo.koleo_of_views(cls_2BD)
         if target.koleo is None:
-            return sum((losses.koleo(view) for view in cls_2BD), cls_2BD.new_zeros(()))
-        value, gradient = target.koleo
-        inner = (cls_2BD.float() * gradient).sum() / target.share
-        return value + inner - inner.detach()
+            whole = koleo.koleo_of_ranks(cls_2BD, target.counts)
+        else:
+            whole = koleo.replay(cls_2BD, target.koleo)
+        return koleo.undivided(whole, target.share)
 
-    def _koleo_of_batch(
-        self, micro_batches: Sequence[Batch], seeds: Sequence[int], progress: Progress
-    ) -> Sequence[tuple[Tensor, Tensor] | None]:
-        """KoLeo over all micro-batches with exact gradients (as GradCache has them), when there are several."""
-        wanted = self.config.koleo_weight > 0 and self.config.koleo_over == "batch"
-        if len(micro_batches) == 1 or not wanted:
+    def _koleos(
+        self, micro_batches: Sequence[Batch], counts: Sequence[int], seeds: Sequence[int], progress: Progress
+    ) -> Sequence[koleo.Cached | None]:
+        """KoLeo over the batch where no micro-batch sees all of this rank's: it takes a pass of its own."""
+        if len(micro_batches) == 1 or not self._spreads_over_batch:
             return [None] * len(micro_batches)
         # With drop path the local crops must pass too, or the draws would differ from those of the loss's pass.
-        views = ("global", "local") if self.config.drop_path > 0 else ("global",)
+        local = self.config.drop_path > 0
         passes = zip(micro_batches, seeds, strict=True)
-        tokens = [self._study(batch, seed, progress, views)[0] for batch, seed in passes]
-        cls = [part.cls_BD.unflatten(0, (2, -1)) for part in tokens]
-        whole = torch.cat(cls, 1).float().requires_grad_()
-        with torch.enable_grad():
-            value = sum((losses.koleo(view) for view in whole), whole.new_zeros(()))
-        gradient = torch.autograd.grad(value, whole)[0]
-        return [(value.detach(), part) for part in gradient.split([part.shape[1] for part in cls], 1)]
+        tokens = [self._study(batch, seed, progress, local=local)[0] for batch, seed in passes]
+        return koleo.cache([part.cls_BD.unflatten(0, (2, -1)) for part in tokens], counts)

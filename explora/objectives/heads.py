@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from explora.objectives.losses import widen
+
 
 class Prototypes(nn.Module):
     """K weight-normalised directions; the names are those of the official heads."""
@@ -40,4 +42,4 @@ class DINOHead(nn.Module):
         self.last_layer = Prototypes(bottleneck, prototypes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(x).float(), dim=-1))
+        return self.last_layer(F.normalize(widen(self.mlp(x)), dim=-1))

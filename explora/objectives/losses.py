@@ -1,4 +1,4 @@
-"""The losses of DINOv2 (Oquab et al. 2023), in fp32, over whole batches."""
+"""The losses of DINOv2 (Oquab et al. 2023) on prototypes, in fp32 or wider, over the rows of all ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from explora.distributed import all_reduce_max, all_reduce_sum
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is where it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -18,13 +23,14 @@ def sinkhorn(logits_NK: Tensor, temperature: float, iterations: int = 3) -> Tens
     also where exp(logits / temperature) overflows.
 
     Args:
-        logits_NK: teacher logits of N rows (on each rank) and K prototypes.
+        logits_NK: teacher logits of N rows and K prototypes; N may differ between ranks, and be 0 on some.
 
     Returns:
-        (N, K) in fp32, each row summing to one.
+        (N, K) in fp32 or wider, each row summing to one.
     """
-    scaled = logits_NK.float() / temperature
-    scaled -= all_reduce_max(scaled.amax(0))
+    scaled = widen(logits_NK) / temperature
+    top = scaled.amax(0) if len(scaled) else scaled.new_full(scaled.shape[1:], -torch.inf)
+    scaled -= all_reduce_max(top)
     scaled -= all_reduce_sum(scaled.exp().sum(0)).log()
     kernel = scaled.sub_(scaled.amax(1, keepdim=True)).exp_()
     # Constant factors cancel, since the rows come last and sum to one; mass.mean() keeps them from piling up.
@@ -41,14 +47,15 @@ def sinkhorn(logits_NK: Tensor, temperature: float, iterations: int = 3) -> Tens
 @torch.no_grad()
 def centred_softmax(logits_NK: Tensor, center_K: Tensor, temperature: float) -> Tensor:
     """softmax((logits - center) / temperature) in fp32: the cheaper way to keep prototypes in use."""
-    return torch.softmax((logits_NK.float() - center_K) / temperature, -1)
+    return torch.softmax((widen(logits_NK) - center_K) / temperature, -1)
 
 
 @torch.no_grad()
-def batch_center(logits_NK: Tensor) -> Tensor:
-    """Mean logits (K,) in fp32 over the rows of all ranks."""
-    total = all_reduce_sum(logits_NK.float().sum(0))
-    return total / all_reduce_sum(torch.tensor(float(len(logits_NK)), device=logits_NK.device))
+def batch_center(logits_NK: Tensor, otherwise_K: Tensor) -> Tensor:
+    """Mean logits (K,) in fp32 over the rows of all ranks; `otherwise_K` where no rank has a row."""
+    total = all_reduce_sum(widen(logits_NK).sum(0))
+    rows = all_reduce_sum(total.new_full((), len(logits_NK)))
+    return torch.where(rows > 0, total / rows, otherwise_K)
 
 
 def cross_entropy(targets: Tensor, log_probabilities: Tensor) -> Tensor:
@@ -58,24 +65,4 @@ def cross_entropy(targets: Tensor, log_probabilities: Tensor) -> Tensor:
 
 def student_log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / temperature) in fp32."""
-    return F.log_softmax(logits.float() / temperature, -1)
-
-
-def koleo(features_ND: Tensor, eps: float = 1e-8) -> Tensor:
-    """Kozachenko-Leonenko regulariser: mean of -log distance to the nearest neighbour on the unit sphere.
-
-    Source: Sablayrolles et al. 2019, as DINOv2 uses it. Fewer than two rows have no neighbour: 0.
-    """
-    if len(features_ND) < 2:
-        return features_ND.sum() * 0
-    with torch.autocast(features_ND.device.type, enabled=False):
-        unit = F.normalize(features_ND.float(), eps=eps)
-        with torch.no_grad():
-            nearest = (unit @ unit.T).fill_diagonal_(-1).argmax(1)
-        distance = F.pairwise_distance(unit, unit[nearest], eps=eps)
-        return -torch.log(distance + eps).mean()
-
-
-def entropy(probabilities: Tensor) -> Tensor:
-    """Mean entropy of the rows in nats."""
-    return -(probabilities * probabilities.clamp_min(1e-12).log()).sum(-1).mean()
+    return F.log_softmax(widen(logits) / temperature, -1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from explora.config import Config
+from explora.distributed import gather_counts
 from explora.models import Tokens, ViT
 from explora.models.vit import Mixup
 from explora.objectives.base import Batch, Objective, StepOutput
@@ -74,9 +75,10 @@ class Supervised(Objective):
         return [self.head]
 
     def targets(self, micro_batches: Any, progress: Progress) -> list[float]:
-        """Each micro-batch's share of the images of the step."""
+        """Each micro-batch's share of the images of the step, over all ranks."""
         counts = [len(batch["label"]) for batch in micro_batches]
-        return [count / sum(counts) for count in counts]
+        total = sum(gather_counts(sum(counts), micro_batches[0]["label"].device))
+        return [count / total for count in counts]
 
     def forward(self, batch: Batch, target: float, progress: Progress) -> StepOutput:
         images, labels = batch["image"], batch["label"]

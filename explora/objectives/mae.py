@@ -1,0 +1,178 @@
+"""The MAE objective (He et al. 2022): encode a quarter of the tokens, predict the pixels of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from explora.config import Config
+from explora.distributed import gather_counts
+from explora.errors import ConfigError
+from explora.models import ViT
+from explora.objectives.base import Batch, Objective, StepOutput
+from explora.objectives.decoder import Decoder, DecoderConfig
+from explora.schedules import NOTHING, Length, LengthField, Progress
+
+_FRESH_WARMUP = Length(10, "%")
+
+
+class MAEConfig(Config):
+    """Settings of the objective; the defaults are the official ones."""
+
+    name: Literal["mae"] = "mae"
+    """Picks this objective."""
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of an image's tokens that is hidden, exactly; channel groups are hidden independently of each other."""
+    norm_pixels: bool = True
+    """Predict each patch with its own mean and standard deviation taken out."""
+    decoder: DecoderConfig = DecoderConfig()
+    """The decoder, and how much of it learns."""
+    head_warmup: LengthField | None = None
+    """For how long only the decoder learns; null is 10 % of the run for a fresh decoder, nothing for a loaded one."""
+    backbone_ramp: LengthField = NOTHING
+    """Over what length the backbone's learning rate then rises from zero to its schedule."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Share of images that skip a residual branch of the encoder."""
+
+
+class MAE(Objective):
+    """Encoder and decoder, with a loss on hidden patches only.
+
+    Args:
+        backbone: adapted and frozen where the method says so.
+        decoder: the tensors of a checkpoint's decoder under official names; none makes a fresh one.
+
+    Raises:
+        ConfigError: the decoder's settings do not fit, or the mask would hide nothing or everything.
+        WeightsError: the decoder's tensors do not fit.
+    """
+
+    inputs = frozenset({"image", "noise"})
+
+    def __init__(self, config: MAEConfig, backbone: ViT, decoder: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        backbone.drop_path = config.drop_path
+        self.student = nn.ModuleDict({"backbone": backbone, "decoder": Decoder(config.decoder, backbone, decoder)})
+        default = NOTHING if decoder else _FRESH_WARMUP
+        self.head_warmup = default if config.head_warmup is None else config.head_warmup
+        self._kept(backbone.groups * self.decoder.side**2)
+        self._errors: list[tuple[Tensor, Tensor]] = []  # of this step's micro-batches: ours, and that of the mean
+
+    @property
+    def backbone(self) -> ViT:
+        return self.student["backbone"]  # type: ignore[return-value]
+
+    @property
+    def result(self) -> ViT:
+        return self.backbone
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.student["decoder"]  # type: ignore[return-value]
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        return [self.decoder]
+
+    def lr_scale(self, role: str, progress: Progress) -> float:
+        return progress.over(self.config.backbone_ramp, after=self.head_warmup) if role == "backbone" else 1.0
+
+    def frozen(self) -> dict[str, Tensor]:
+        """What a weights file gave and nothing changes, of the backbone and of the decoder."""
+        return {name: p for name, p in self.named_parameters() if not p.requires_grad}
+
+    def targets(self, micro_batches: Sequence[Batch], progress: Progress) -> list[float]:
+        """Each micro-batch's share of the images of the step, over all ranks."""
+        self._errors.clear()
+        counts = [len(batch["image"]) for batch in micro_batches]
+        total = sum(gather_counts(sum(counts), micro_batches[0]["image"].device))
+        return [count / total for count in counts]
+
+    def forward(self, batch: Batch, target: float, progress: Progress) -> StepOutput:
+        """Squared error, the mean over each patch, then over the hidden patches (all images hide equally many)."""
+        learns = torch.is_grad_enabled() and progress.over(self.head_warmup) >= 1
+        predictions, hidden = self._predict(batch, learns)
+        errors, guesses = [], []
+        for predicted, patches in zip(predictions, self.decoder.patches(batch["image"]), strict=True):
+            wanted = (patches - _mean(patches)) / _deviation(patches) if self.config.norm_pixels else patches
+            errors.append((predicted.to(wanted.dtype) - wanted).square().mean(-1))
+            guesses.append(wanted.square().mean(-1))
+        loss = torch.cat(errors, 1).gather(1, hidden).mean()
+        guess = torch.cat(guesses, 1).gather(1, hidden).mean()
+        self._errors.append((loss.detach() * target, guess * target))
+        return StepOutput(loss * target, {"reconstruction": loss.detach() * target})
+
+    def health(self) -> dict[str, float]:
+        """`explained`: what the prediction saves of the error of predicting the mean, in [.., 1]; at 0 it is blind."""
+        if not self._errors:
+            return {}
+        ours, blind = (float(sum(values)) for values in zip(*self._errors, strict=True))
+        return {"explained": 1 - ours / blind if blind else 0.0}
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """`original`, `masked` (hidden patches grey) and `reconstruction` (they are predicted), each (B, C, H, W).
+
+        All in the normalised space of the batch: a prediction gets the mean and deviation of the patch it is for.
+        """
+        images, training = batch["image"], self.training
+        self.eval()
+        predictions, hidden = self._predict(batch, learns=False)
+        self.train(training)
+        hides = torch.zeros_like(batch["noise"], dtype=torch.bool).scatter(1, hidden, True)
+        masked, rebuilt = [], []
+        parts = zip(predictions, self.decoder.patches(images), hides.chunk(len(predictions), 1), strict=True)
+        for predicted, patches, hide in parts:
+            pixels = predicted.to(patches.dtype)
+            if self.config.norm_pixels:
+                pixels = pixels * _deviation(patches) + _mean(patches)
+            masked.append(patches.masked_fill(hide.unsqueeze(-1), 0))
+            rebuilt.append(torch.where(hide.unsqueeze(-1), pixels, patches))
+        grid = self._grid(images)
+        named = {"masked": masked, "reconstruction": rebuilt}
+        return {"original": images} | {name: self.decoder.images(part, grid) for name, part in named.items()}
+
+    def split(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of the visible tokens, those with the least noise, and of the hidden ones: (B, M) and (B, T - M)."""
+        kept = self._kept(noise.shape[1])
+        order = noise.argsort(1)
+        return order[:, :kept], order[:, kept:]
+
+    def _predict(self, batch: Batch, learns: bool) -> tuple[list[Tensor], Tensor]:
+        """The decoder's predictions, and which tokens were hidden from the encoder."""
+        images, noise = batch["image"], batch["noise"]
+        grid = self._grid(images)
+        if noise.shape[1] != self.backbone.groups * grid[0] * grid[1]:
+            raise ConfigError(
+                f"views: noise for {noise.shape[1]} tokens, but the model makes {self.backbone.groups} x {grid[0]} x "
+                f"{grid[1]} of an image; leave views.groups and views.patch_size out"
+            )
+        keep, hidden = self.split(noise)
+        with torch.set_grad_enabled(learns):
+            tokens = self.backbone.visible(images, keep)
+        return self.decoder(tokens, keep, grid), hidden
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        height, width = images.shape[-2:]
+        return height // self.backbone.patch_size, width // self.backbone.patch_size
+
+    def _kept(self, tokens: int) -> int:
+        hidden = round(tokens * self.config.mask_ratio)
+        if not 0 < hidden < tokens:
+            raise ConfigError(
+                f"objective.mask_ratio: {self.config.mask_ratio} of {tokens} tokens hides {hidden} of them"
+            )
+        return tokens - hidden
+
+
+def _mean(patches_BNP: Tensor) -> Tensor:
+    return patches_BNP.mean(-1, keepdim=True)
+
+
+def _deviation(patches_BNP: Tensor) -> Tensor:
+    return (patches_BNP.var(-1, keepdim=True) + 1e-6).sqrt()
