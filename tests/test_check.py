@@ -138,6 +138,28 @@ def test_the_template_for_own_images_is_checked_without_a_network(
     assert explora.check(CONFIGS / "own_images.yaml", folders).endswith("ready to run")
 
 
+# The paper's experiments
+
+
+@pytest.mark.parametrize(
+    ("config", "numbers"),
+    [  # explora-method.md, 2.3: the paper's counts, to which the class token is added
+        ("d-vitl14-fmow", {"backbone parameters": 18_723_840 + 1_024, "head parameters": 23_662_848}),
+        ("d-vitb14-fmow", {"backbone parameters": 9_287_424 + 768, "head parameters": 23_138_560}),
+        ("m-vitl16-fmow", {"backbone parameters": 18_721_792 + 1_024}),
+        ("m-vitl16-sentinel", {"backbone parameters": 28_168_192 + 658_432 + 1_024, "learns in all": 29_697_664}),
+    ],
+)
+def test_the_papers_counts(config: str, numbers: dict[str, int]) -> None:
+    text = explora.check(CONFIGS / f"explora-{config}.yaml", {"model.weights": "absent.pth"})
+    pretrain = text[text.index("\npretrain\n") :]
+    for name, number in numbers.items():
+        assert re.search(rf"  {name} +{number:,}\b", pretrain), pretrain
+    if "sentinel" not in config:
+        assert re.search(r"backbone parameters +(786,432|294,912) trained", pretrain)  # LoRA-r8 on q and v
+    assert "model.weights: absent.pth does not exist" in text
+
+
 # Memory
 
 

@@ -76,7 +76,7 @@ def refused(tmp_path: Path, explora_command: Command) -> Callable[..., str]:
         ("views.local_size=20", "local_size 20 is not a multiple of patch_size"),
         (
             "views={patch_size: 16, local_size: 32}",
-            "views.patch_size: 16, but the patches of vit_tiny_patch16_224 have 8",
+            "views.patch_size: 16, but that of vit_tiny_patch16_224 is 8",
         ),
         ("views.global_scale=[0.9, 0.1]", "global_scale must go from a smaller to a larger share"),
         ("adapt={name: frozen}", "adapt: 'frozen' trains nothing of the backbone; choose explora, lora or full"),
@@ -108,8 +108,8 @@ def test_no_config_and_no_run(tmp_path: Path, explora_command: Command) -> None:
     assert "not the folder of a run" in message(explora_command("report", tmp_path))
     words = message(explora_command("export", tmp_path, tmp_path / "x.safetensors"))
     assert "give the folder of a finished pretrain or finetune stage" in words
-    words = message(explora_command("export", tmp_path, tmp_path / "x.safetensors", "--format", "onnx"))
-    assert "no format 'onnx'; known: timm, adapter" in words
+    words = message(explora_command("export", tmp_path, tmp_path / "x.safetensors", "--format", "tf"))
+    assert "no format 'tf'; known: timm, huggingface, dinov2, adapter, peft, onnx" in words
     assert listing(tmp_path) == set()
 
 

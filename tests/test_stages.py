@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import subprocess
@@ -14,18 +13,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import FINETUNE, MODEL, PRETRAIN, Answer
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import explora
 from explora.adapt import attach
+from explora.config import load
 from explora.data import Center, Crop, MultiCrop, synthetic
 from explora.engine import Training
-from explora.errors import RunError
+from explora.errors import ConfigError
 from explora.models import build, load_backbone
+from explora.stages.pretrain import PretrainSection
 from explora.stages.training import fit_views
 
 Make = Callable[..., dict[str, Any]]
@@ -92,6 +94,8 @@ HARD = {  # what has a state that a resumed run could forget
     "head_warmup": "2 steps",
     "backbone_ramp": "2 steps",
     "drop_path": 0.3,
+    "untie_local_norm": True,
+    "gram_weight": 0.5,
 }
 
 
@@ -104,10 +108,52 @@ def test_a_stopped_pretraining_goes_on_as_if_nothing_had_been(
     for index in (1, 3, 5):  # before the first checkpoint, between two, in the last step
         stopped_at(index, explora.pretrain, config)
     trained = explora.pretrain(config)
-    assert [row["step"] for row in rows(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(tmp_path / "parts")] == [0, 1, 2, 3, 4, 5, 6]
     assert_same(tmp_path / "whole", tmp_path / "parts")
     assert trained.summary["steps"] == 6
     assert trained.summary["skipped_steps"] == 0
+
+
+MASKED: dict[str, Any] = {
+    "objective": {"name": "mae", "decoder": {"width": 16, "depth": 1, "heads": 2}, "head_warmup": "2 steps"},
+    "views": {"name": "masked_crop", "dihedral": True},
+}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_stopped_mae_goes_on_and_shows_what_it_rebuilds(
+    tmp_path: Path, pretraining: Make, micro_batches: int
+) -> None:
+    explora.pretrain(pretraining(tmp_path / "whole", **MASKED, micro_batches=micro_batches))
+    config = pretraining(tmp_path / "parts", **MASKED, micro_batches=micro_batches)
+    for index in (1, 3, 5):
+        stopped_at(index, explora.pretrain, config)
+    explora.pretrain(config)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    pictures = np.load(tmp_path / "parts" / "pictures.npz")
+    assert {name: (pictures[name].shape[1:], pictures[name].dtype) for name in pictures} == dict.fromkeys(
+        ("original", "masked", "reconstruction"), ((32, 32, 3), np.uint8)
+    )
+    visible = (pictures["original"] == pictures["reconstruction"]).all(-1).mean()
+    assert 0.2 < visible < 0.5  # a quarter is given, the rest is guessed
+
+
+def test_the_monitor_keeps_the_best_backbone(tmp_path: Path, pretraining: Make) -> None:
+    optim = {"lr": 1e-12, "min_lr": 0}  # so that no step is better than the source
+    trained = explora.pretrain(pretraining(tmp_path / "run", optim=optim, monitor={"every": "2 steps", "k": 3}))
+    assert trained.summary["knn_best_step"] == 0
+    assert trained.summary["knn_best"] == trained.summary["knn_floor"] == rows(tmp_path / "run")[0]["knn"]
+    best, last = (load_backbone(tmp_path / "run" / name / "backbone.safetensors") for name in ("best", "."))
+    torch.testing.assert_close(best.state_dict(), last.state_dict())
+
+
+def test_views_and_objective_follow_each_other(tmp_path: Path, pretraining: Make) -> None:
+    section = load(PretrainSection, {"objective": {"name": "mae"}})
+    assert section.views.name == "masked_crop"
+    assert load(PretrainSection, {"views": {"local_crops": 4}}).objective.name == "dinov2"
+    with pytest.raises(ConfigError, match=r"'MultiCrop' makes no .*'image'.*, which the objective needs"):
+        explora.pretrain(pretraining(tmp_path / "run", **{**MASKED, "views": {"name": "multicrop"}}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stopped_finetuning_goes_on_as_if_nothing_had_been(tmp_path: Path, finetuning: Make) -> None:
@@ -173,6 +219,7 @@ def test_a_killed_chain_ends_in_the_same_bits(tmp_path: Path, chaining: Make) ->
 KILLED = """
 import os, signal, sys, threading, explora
 from explora.engine import Training
+from explora.errors import ConfigError
 
 config, step, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 train = Training._train
@@ -266,30 +313,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by its path; TensorBoard's carry the time in their name."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {re.sub(r"tfevents\..*", "tfevents", name): path.read_bytes() for name, path in found.items()}
-
-
-# Export
-
-
-def test_export_copies_what_was_learnt_and_nothing_else(
-    tmp_path: Path, pretraining: Make, explora_command: Command
-) -> None:
-    trained = explora.pretrain(pretraining(tmp_path / "run"))
-    for kind, source in (("timm", trained.backbone), ("adapter", trained.adapter)):
-        out = tmp_path / "new" / f"{kind}.safetensors"
-        answer = explora_command("export", tmp_path / "run", out, "--format", kind)
-        assert (answer.code, answer.out.strip()) == (0, str(out))
-        with safe_open(out, "pt") as one, safe_open(source, "pt") as other:
-            assert set(one.keys()) == set(other.keys())
-            assert one.metadata() == other.metadata()
-            assert all(one.get_tensor(name).equal(other.get_tensor(name)) for name in one.keys())  # noqa: SIM118
-    with pytest.raises(RunError, match=r"give the name of a new file that ends in \.safetensors"):
-        explora.export(tmp_path / "run", tmp_path / "new" / "timm.safetensors")
-    with pytest.raises(RunError, match=r"no backbone\.safetensors here"):
-        explora.export(tmp_path, tmp_path / "x.safetensors")
-    os.remove(trained.adapter)
-    with pytest.raises(RunError, match=r"no adapter\.safetensors here"):
-        explora.export(tmp_path / "run", tmp_path / "x.safetensors", "adapter")
 
 
 # Views

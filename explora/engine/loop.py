@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from explora.config import Config
 from explora.data import Step, Stream, Views
 from explora.distributed import Precision, autocast, device_of
 from explora.engine import checkpoint
+from explora.engine.monitor import Monitor
 from explora.engine.optim import Optimizer
 from explora.errors import ConfigError, RunError, TrainingError
 from explora.models import fingerprint
@@ -45,12 +45,27 @@ class LoopConfig(Config):
 
 @dataclass
 class Outcome:
-    """What training cost."""
+    """What training cost, and how the monitor saw the backbone; kNN in percent, None where it was not measured."""
 
     seconds: float = 0.0
-    """Time in the loop, earlier sessions of a resumed run included."""
+    """Time in the loop, earlier sessions of a resumed run included, the monitor's left out."""
     skipped: int = 0
     """Steps left out because of a non-finite loss or gradient."""
+    monitor_seconds: float = 0.0
+    """Time that the monitor took, with saving the best."""
+    floor: float | None = None
+    """kNN before the first step."""
+    best: float | None = None
+    """The highest kNN."""
+    best_step: int | None = None
+    """Steps taken when it was measured first."""
+    last: float | None = None
+    """The latest kNN."""
+
+    @property
+    def alarm(self) -> bool:
+        """Whether the backbone is now worse than the one that the run started from."""
+        return self.floor is not None and self.last is not None and self.last < self.floor
 
 
 class Training:
@@ -60,6 +75,8 @@ class Training:
         run: where metrics and checkpoints go.
         progress: the run's length; its step is where a fresh run starts.
         seed: dropout, drop path and mixup of step i draw from (seed, i), so a resumed run repeats them.
+        monitor: looks at the objective's result before the first step, every so often, and at the end; a run
+            with it learns exactly what it learns without.
     """
 
     def __init__(
@@ -72,12 +89,14 @@ class Training:
         views: Views,
         progress: Progress,
         seed: int,
+        monitor: Monitor | None = None,
     ) -> None:
         lacking = objective.inputs - views.names()
         if lacking:
             raise ConfigError(f"views: '{type(views).__name__}' makes no {sorted(lacking)}, which the objective needs")
         self.config, self.run, self.objective, self.optimizer = config, run, objective, optimizer
         self.stream, self.views, self.progress, self.seed = stream, views, progress, seed
+        self.monitor = monitor
         self.device = device_of(config.device)
         self.base = fingerprint(objective.frozen())
         self.outcome = Outcome()
@@ -90,18 +109,30 @@ class Training:
             TrainingError: too many non-finite steps in a row.
             RunError: a checkpoint cannot be written, or belongs to another frozen base.
         """
-        self._resume()
-        started = time.monotonic() - self.outcome.seconds
-        for step in self._steps():
-            row = self._train(step)
-            self.progress = self.progress._replace(step=step.index + 1)
-            self.outcome.seconds = time.monotonic() - started
-            last = self.progress.step == self.progress.steps
-            if last or self.progress.step % self.config.log_every == 0:
-                self._log(row)
-            if last or self.progress.step % self.config.save_every == 0:
-                self._save()
+        resumed = self._resume()
+        started = time.monotonic() - self.outcome.seconds - self.outcome.monitor_seconds
+        if not resumed and (seen := self._look()):
+            self._log(seen)
+        with self._bar() as bar:
+            for step in self.stream.steps(self.progress.steps):
+                row = self._train(step)
+                self.progress = self.progress._replace(step=step.index + 1)
+                self.outcome.seconds = time.monotonic() - started - self.outcome.monitor_seconds
+                bar.update(step.images)
+                seen = self._look()
+                if seen:
+                    bar.unpause()  # its pace and remaining time are those of training alone
+                if seen or self._due(self.config.log_every):
+                    self._log({**row, **self.objective.health(), **seen})
+                if self._due(self.config.save_every):
+                    self._save()
+        if self.monitor is not None:
+            share = self.outcome.monitor_seconds / (self.outcome.seconds + self.outcome.monitor_seconds)
+            logger.info("watching took %.1f s, %.1f %% of the run", self.outcome.monitor_seconds, 100 * share)
         return self.outcome
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step == self.progress.steps or self.progress.step % every == 0
 
     def _train(self, step: Step) -> dict[str, Any]:
         """One optimizer step; one wait for the device, at the check that all is finite."""
@@ -138,33 +169,64 @@ class Training:
                 f"images and weights, and start in another folder"
             )
 
-    def _steps(self) -> Iterator[Step]:
-        """The stream's steps under a progress bar that counts images."""
-        total, done = self.progress.steps, self.progress.step
-        with tqdm(
-            total=total * self.progress.batch,
-            initial=done * self.progress.batch,
+    def _look(self) -> dict[str, float]:
+        """What the monitor finds now, for the row of this step; nothing where it is not its turn."""
+        if self.monitor is None:
+            return {}
+        total, batch, samples = self.progress.steps, self.progress.batch, self.progress.samples
+        if not self._due(max(1, self.monitor.config.every.steps(batch=batch, samples=samples, total=total))):
+            return {}
+        began = time.monotonic()
+        seen = self.monitor.measure(self.objective.result, self.config.precision)
+        numbers = "  ".join(f"{name} {value:.1f}" for name, value in seen.items())
+        logger.info("step %d/%d  %s", self.progress.step, total, numbers)
+        if "knn" in seen:
+            seen |= self._judge(seen["knn"])
+        self.outcome.monitor_seconds += time.monotonic() - began
+        return seen
+
+    def _judge(self, knn: float) -> dict[str, float]:
+        """Compare with the floor and the best so far."""
+        outcome, step = self.outcome, self.progress.step
+        outcome.last = knn
+        if step == 0:
+            outcome.floor = knn
+        if outcome.best is None or knn > outcome.best:
+            outcome.best, outcome.best_step = knn, step
+            if self.monitor is not None and self.monitor.on_best is not None:
+                self.monitor.on_best()
+        if not outcome.alarm:
+            return {}
+        logger.warning(
+            "step %d: kNN %.1f %% is below the floor of %.1f %%, that of the backbone at step 0; if it stays there, "
+            "lower optim.lr or give a longer objective.head_warmup",
+            *(step, knn, outcome.floor),
+        )
+        return {"knn_alarm": 1}
+
+    def _bar(self) -> tqdm:
+        """A progress bar that counts images."""
+        return tqdm(
+            total=self.progress.steps * self.progress.batch,
+            initial=self.progress.step * self.progress.batch,
             unit="img",
             desc=self.run.folder.name,
             disable=None,  # only on a terminal
             dynamic_ncols=True,
-        ) as bar:
-            for step in self.stream.steps(total):
-                yield step
-                bar.update(step.images)
+        )
 
     def _log(self, row: dict[str, Any]) -> None:
         done, seconds = self.progress.step, self.outcome.seconds
         numbers = {name: float(value) for name, value in row.items() if value is not None}
-        left = seconds / done * (self.progress.steps - done)
         self.run.log_metrics(
             {"step": done, "images": done * self.progress.batch, "seconds": round(seconds, 3), **numbers}
         )
-        logger.debug(
-            "step %d/%d  loss %.4f  lr %.2e  %.1f img/s  ETA %.0f s",
-            *(done, self.progress.steps, numbers["loss"], numbers["lr"]),
-            *(done * self.progress.batch / seconds, left),
-        )
+        if done:
+            logger.debug(
+                "step %d/%d  loss %.4f  lr %.2e  %.1f img/s  ETA %.0f s",
+                *(done, self.progress.steps, numbers["loss"], numbers["lr"]),
+                *(done * self.progress.batch / seconds, seconds / done * (self.progress.steps - done)),
+            )
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
@@ -178,16 +240,16 @@ class Training:
             "position": self.stream.state_dict(),
             "frozen_base": self.base,
             "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()},
-            "seconds": self.outcome.seconds,
-            "skipped": self.outcome.skipped,
+            "outcome": asdict(self.outcome),
         }
         checkpoint.save(self.run.folder / "checkpoints", self.progress.step, tensors, values)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go to the newest checkpoint; False where there is none."""
         found = checkpoint.newest(self.run.folder / "checkpoints")
         if found is None:
-            self.run.forget_metrics_after(0)
-            return
+            self.run.forget_metrics_after(-1)
+            return False
         path, values = found
         if values["frozen_base"] != self.base:
             raise RunError(
@@ -207,6 +269,7 @@ class Training:
         )
         self.stream.load_state_dict(values["position"])
         self.progress = self.progress._replace(step=values["step"])
-        self.outcome = Outcome(values["seconds"], values["skipped"])
+        self.outcome = Outcome(**values["outcome"])
         self.run.forget_metrics_after(values["step"])
         logger.info("resuming at step %d of %d", values["step"], self.progress.steps)
+        return True

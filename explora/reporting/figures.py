@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import matplotlib
@@ -41,7 +41,7 @@ _STYLES: list[dict[str, Any]] = [
 FEW_CLASSES = 10
 """Up to here a confusion matrix is small enough for a telephone."""
 _FIRST_CURVES = ("loss", "dino", "ibot", "koleo", "lr")
-_MOST_CURVES, _MOST_POINTS = 12, 300
+_MOST_CURVES, _MOST_POINTS, _FEW_POINTS = 12, 300, 30
 
 
 def dots(chain: Chain, data: str) -> Markup:
@@ -79,27 +79,43 @@ def _dot(axes: Axes, y: float, row: Row, style: dict[str, Any]) -> None:
     number.set(fontsize=7.5, color=style["color"])
 
 
-def curves(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, Markup]]:
+def curves(metrics: Sequence[dict[str, Any]], without: Collection[str] = ()) -> list[tuple[str, Markup]]:
     """One small figure a logged quantity, as (name, SVG): loss, its parts, the learning rate, the rest."""
-    ignored = {"step", "images", "seconds", "epoch"}
+    ignored = {"step", "images", "seconds", "epoch", *without}
     found = {key for row in metrics for key, value in row.items() if isinstance(value, int | float)} - ignored
     order = [key for key in _FIRST_CURVES if key in found] + sorted(found - set(_FIRST_CURVES))
     figures: list[tuple[str, Markup]] = []
     for key in order[:_MOST_CURVES]:
         pairs = [(row["step"], row[key]) for row in metrics if isinstance(row.get(key), int | float)]
         if len(pairs) > 1:
-            figures.append((key, _curve(key, np.array(pairs, dtype=float))))
+            figures.append((key, curve(key, *np.array(pairs, dtype=float).T)))
     return figures
 
 
-def _curve(key: str, pairs: np.ndarray) -> Markup:
-    pairs[~np.isfinite(pairs)] = np.nan  # a gap in the curve
-    binned = [part.mean(axis=0) for part in np.array_split(pairs, min(len(pairs), _MOST_POINTS))]
-    steps, values = np.array(binned).T
+def curve(
+    key: str,
+    steps: np.ndarray,
+    values: np.ndarray,
+    *,
+    size: tuple[float, float] = (2.0, 1.35),
+    level: float | None = None,
+    mark: tuple[float, float] | None = None,
+) -> Markup:
+    """One quantity over steps, both (n,); `level` is a dashed line to compare with, `mark` a ring at (step, value)."""
+    values = np.where(np.isfinite(values), values, np.nan)  # a gap in the curve
+    bins = min(len(steps), _MOST_POINTS)
+    steps, values = (np.array([part.mean() for part in np.array_split(each, bins)]) for each in (steps, values))
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.plot(steps, values, color=ACCENT, linewidth=1.2)
+        axes.plot(steps, values, color=ACCENT, linewidth=1.2, solid_joinstyle="round")
+        if bins <= _FEW_POINTS:
+            axes.plot(steps, values, linestyle="", marker="o", markersize=2.4, color=ACCENT, clip_on=False)
+        if level is not None:
+            axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        if mark is not None:
+            ring: dict[str, Any] = {"marker": "o", "markersize": 6.5, "markeredgecolor": INK, "markerfacecolor": "none"}
+            axes.plot(*([number] for number in mark), linestyle="", clip_on=False, **ring)
         axes.yaxis.grid(True)
         axes.spines["left"].set_visible(False)
         axes.tick_params(length=0)
@@ -108,7 +124,7 @@ def _curve(key: str, pairs: np.ndarray) -> Markup:
         axes.set_xlim(0, max(steps[-1], 1))
         axes.margins(y=0.12)
 
-    return svg(f"curve {key}", (2.0, 1.35), draw)
+    return svg(f"curve {key}", size, draw)
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Markup:
@@ -164,6 +180,12 @@ def picture(pixels: np.ndarray, form: str) -> str:
         pil_kwargs={"quality": 82} if form == "jpeg" else {},
     )
     return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def at_most(pixels: np.ndarray, side: int) -> np.ndarray:
+    """A picture (H, W, 3) thinned out to at most `side` pixels each way."""
+    step = -(-max(pixels.shape[:2]) // side)
+    return pixels[::step, ::step]
 
 
 def svg(key: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> Markup:

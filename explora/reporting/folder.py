@@ -19,7 +19,7 @@ ROLES = ("pretrain", "train", "test", "source_train", "source_test")
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage: its summary, its logged steps and how many lines of them were torn."""
+    """One training stage: its summary, its logged steps and how many lines of them were torn, its pictures."""
 
     name: str
     summary: dict[str, Any]
@@ -27,6 +27,8 @@ class Stage:
     torn: int
     config: str | None
     environment: dict[str, Any]
+    pictures: dict[str, np.ndarray]
+    has_best: bool
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ def _place(order: tuple[str, ...], name: str) -> tuple[int, str]:
 def _stage(folder: Path) -> Stage:
     metrics, torn = _metrics(folder / "metrics.jsonl")
     config, environment = _text(folder / "config.yaml"), _mapping(folder / "environment.json")
-    return Stage(folder.name, _mapping(folder / "summary.json"), metrics, torn, config, environment)
+    pictures, has_best = _arrays(folder / "pictures.npz"), (folder / "best").is_dir()
+    summary = _mapping(folder / "summary.json")
+    return Stage(folder.name, summary, metrics, torn, config, environment, pictures, has_best)
 
 
 def _text(path: Path) -> str | None:
@@ -158,4 +162,4 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path}: cannot read these arrays: {error}; run the probe again") from None
+        raise RunError(f"{path}: cannot read these arrays: {error}; run the stage that wrote it again") from None

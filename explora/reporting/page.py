@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from explora.errors import RunError
 from explora.reporting import figures, words
 from explora.reporting.classes import confusion
 from explora.reporting.folder import Chain, read_chain
+from explora.reporting.health import KEYS, health
 from explora.reporting.rows import Column, Row
 from explora.reporting.trust import trust
 from explora.runs import write_atomically
@@ -60,7 +60,8 @@ def render(chain: Chain) -> str:
         comparisons={data: list(_comparisons(chain, data)) for data in ("target", "source")},
         moved=_moved(chain),
         plots={data: figures.dots(chain, data) for data in ("target", "source") if chain.on(data)},
-        curves=[(stage, figures.curves(stage.metrics)) for stage in chain.stages],
+        healths=[found for stage in chain.stages if (found := health(stage))],
+        curves=[(stage, figures.curves(stage.metrics, without=KEYS)) for stage in chain.stages],
         confusion=classes,
         pictures=list(_pictures(chain)),
         picture_models=_picture_models(chain),
@@ -119,14 +120,9 @@ def _pictures(chain: Chain) -> Iterator[list[str]]:
     """For each image: its address, then that of each model's patch features."""
     models = _picture_models(chain)
     for place in range(min(_MOST_PICTURES, len(chain.pictures["images"])) if models else 0):
-        photograph = figures.picture(_at_most(chain.pictures["images"][place], 256), "jpeg")
+        photograph = figures.picture(figures.at_most(chain.pictures["images"][place], 256), "jpeg")
         features = [figures.picture(chain.pictures[f"{model}__pca"][place], "png") for model in models]
         yield [photograph, *features]
-
-
-def _at_most(pixels: np.ndarray, side: int) -> np.ndarray:
-    step = -(-max(pixels.shape[:2]) // side)
-    return pixels[::step, ::step]
 
 
 def _configs(chain: Chain) -> Iterator[tuple[str, str]]:
@@ -152,6 +148,8 @@ def _missing(chain: Chain, confusion: bool) -> Iterator[str]:
     if not _picture_models(chain):
         yield "No pictures of patch features: the probe left none."
     for stage in chain.stages:
+        if stage.name == "pretrain" and not any("rankme" in row for row in stage.metrics):
+            yield "No kNN or RankMe of pretraining: the run was not watched."
         if stage.torn:
             lines = "1 line was" if stage.torn == 1 else f"{stage.torn} lines were"
             yield f"{lines} torn in {stage.name}/metrics.jsonl and left out."

@@ -9,6 +9,7 @@ from typing import Any
 
 from explora.reporting import words
 from explora.reporting.folder import Chain, read_chain
+from explora.reporting.health import alarms
 from explora.reporting.rows import Column, Results, Row, gather
 
 _WIDTH = 80
@@ -24,7 +25,7 @@ def table(run: Path) -> str:
         RunError: the folder is missing or holds no run.
     """
     chain = read_chain(Path(run))
-    return _plain([*_results(chain), _cost(chain)])
+    return _plain([*_results(chain), *_alarms(chain), _cost(chain)])
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -81,6 +82,12 @@ def _difference(row: Row | None) -> str:
         return "-"
     low, high = words.points(row.difference_low), words.points(row.difference_high)
     return f"{words.points(row.difference)} [{low}, {high}]"
+
+
+def _alarms(chain: Chain) -> Iterator[str]:
+    for stage in chain.stages:
+        for said in alarms(stage):
+            yield textwrap.fill(f"alarm, {stage.name}: {said}", _WIDTH, subsequent_indent="  ")
 
 
 def _cost(chain: Chain) -> str:

@@ -8,19 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from explora import config as configs
 from explora.config import Overrides
 from explora.data import Center, MultiCrop, ShardSet
-from explora.models import ModelConfig, ViT
-from explora.objectives import DINOv2, Objective
+from explora.models import Loaded, ModelConfig, ViT
+from explora.objectives import MAE, DINOv2, MAEConfig, Objective
+from explora.objectives.decoder import Decoder
 from explora.stages import finetune, pretrain
 from explora.stages.finetune import FinetuneConfig, FinetuneSection
 from explora.stages.pipeline import RunConfig
 from explora.stages.pretrain import PretrainConfig, PretrainSection
 from explora.stages.probe import ProbeConfig
-from explora.stages.training import TrainingSection, blueprint, families, fit_views, parameter_counts, rehearse
+from explora.stages.training import (
+    TrainingSection,
+    blueprint,
+    families,
+    fit_views,
+    learning,
+    parameter_counts,
+    rehearse,
+)
 
 
 def check(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> str:
@@ -67,10 +77,11 @@ def _stage(
     stage: str, section: PretrainSection | FinetuneSection, model: ModelConfig, labelled: str = ""
 ) -> Iterator[str]:
     """The facts of one training stage, from a model without memory behind its weights."""
-    vit = _sketch(model)
+    vit, _, decoder = _sketch(model)
     flops = flops_per_image(vit, vit.image_size)
     if isinstance(section, PretrainSection):
-        objective: Objective = rehearse(section, vit, partial(pretrain.build, section))
+        decoder = decoder or _awaited_decoder(section, model, vit)
+        objective: Objective = rehearse(section, vit, partial(pretrain.build, section, decoder=decoder))
     else:
         objective = rehearse(section, vit, partial(finetune.build, section, classes=_classes(Path(labelled))))
     counts = parameter_counts(objective)
@@ -87,8 +98,9 @@ def _stage(
         f"  backbone parameters   {counts['trained_parameters']:,} trained of {counts['total_parameters']:,} "
         f"({share:.2f} %)"
     )
-    yield f"  trained               {', '.join(families(vit))}"
+    yield f"  trained               {', '.join(families(learning(vit)))}"
     yield f"  head parameters       {counts['head_parameters']:,}"
+    yield f"  learns in all         {counts['learning_parameters']:,}"
     yield f"  FLOPs per image       {flops / 1e9:.3g} G (backbone forward, multiply-add = 2)"
     yield f"  estimated memory      {memory(objective, section) / 2**30:.2f} GiB (weights, optimizer, activations)"
     yield ""
@@ -104,7 +116,7 @@ def _probe(config: ProbeConfig) -> Iterator[str]:
         if model.name is None and _absent(model):
             yield f"  {name:<20}  known when {model.weights} is there"
             continue
-        vit = _sketch(model)
+        vit = _sketch(model).vit
         side = fit_views(config.view or Center(), vit).size
         total, flops = sum(p.numel() for p in vit.parameters()), flops_per_image(vit, side) / 1e9
         yield f"  {name:<20}  {vit.name}, {side} px, patch {vit.patch_size}, {total:,} parameters, {flops:.3g} GFLOPs"
@@ -112,9 +124,18 @@ def _probe(config: ProbeConfig) -> Iterator[str]:
     yield _missing(roles)
 
 
-def _sketch(model: ModelConfig) -> ViT:
+def _sketch(model: ModelConfig) -> Loaded:
     """A config can be checked before its weights have arrived, if it names the architecture itself."""
     return blueprint(model.model_copy(update={"weights": None}) if model.name and _absent(model) else model)
+
+
+def _awaited_decoder(section: PretrainSection, model: ModelConfig, vit: ViT) -> dict[str, Tensor]:
+    """The MAE decoder that weights must bring which are not there yet, if low-rank terms are to go on it."""
+    if not (isinstance(section.objective, MAEConfig) and section.objective.decoder.lora and _absent(model)):
+        return {}
+    with torch.device("meta"):
+        whole = Decoder(section.objective.decoder.model_copy(update={"lora": None}), vit)
+    return {f"decoder_{name}": tensor for name, tensor in whole.state_dict().items()}
 
 
 def _absent(model: ModelConfig) -> bool:
@@ -128,7 +149,7 @@ def _weights(key: str, model: ModelConfig) -> dict[str, str]:
 
 def flops_per_image(vit: ViT, side: int) -> int:
     """FLOPs of one forward pass at a side of so many pixels, by torch's counter on tensors without memory."""
-    image = torch.empty(1, 3, side, side, device="meta")
+    image = torch.empty(1, vit.channels, side, side, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vit.features(image)
     return counter.get_total_flops()
@@ -139,15 +160,24 @@ def memory(objective: Objective, section: TrainingSection) -> float:
 
     Per token and block about 19 values of the width stay for the backward pass, half of them in bf16.
     """
-    vit, views = objective.backbone, fit_views(section.views, objective.backbone)
-    held = sum(tensor.numel() for tensor in (*objective.frozen().values(), *objective.learnt().values()))
+    held = sum(tensor.numel() for tensor in {*objective.parameters(), *objective.buffers()})
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    tokens = sum((side // vit.patch_size) ** 2 + vit.prefix_tokens for side in views.sides())
     images = section.batch_size // section.micro_batches
-    activations = images * tokens * vit.depth * vit.width * 19 * 3
+    values = images * 19 * 3 * _token_widths(objective, section)
+    views = fit_views(section.views, objective.backbone)
     if isinstance(objective, DINOv2) and isinstance(views, MultiCrop):
-        activations += objective.prototypes * _rows(views, images, section.batch_size) * 4 * 4
-    return 4 * held + 12 * trained + activations
+        values += objective.prototypes * _rows(views, images, section.batch_size) * 4 * 4
+    return 4 * held + 12 * trained + values
+
+
+def _token_widths(objective: Objective, section: TrainingSection) -> float:
+    """Tokens of one image times blocks times width, over all that is trained through."""
+    vit = objective.backbone
+    patches = [(side // vit.patch_size) ** 2 * vit.groups for side in fit_views(section.views, vit).sides()]
+    if isinstance(objective, MAE):
+        shape = objective.decoder.embed.out_features * len(objective.decoder.blocks)
+        return patches[0] * ((1 - objective.config.mask_ratio) * vit.depth * vit.width + shape)
+    return sum(count + vit.prefix_tokens for count in patches) * vit.depth * vit.width
 
 
 def _rows(views: MultiCrop, images: int, batch: int) -> int:

@@ -58,7 +58,7 @@ def finetune(source: str | Path | Mapping[str, Any], overrides: Overrides = None
     shards = ShardSet.open(config.train)
     if shards.classes is None:
         raise DataError(f"{config.train}: has no labels; fine-tuning needs one folder per class before packing")
-    vit, account = load_model(config.model)
+    vit, account, _ = load_model(config.model)
     config = config.model_copy(update={"views": fit_views(config.views, vit)})
     with Run.open(config.out, config) as run:
         if run.summary is not None:

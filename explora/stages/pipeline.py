@@ -111,10 +111,11 @@ def _rehearse(config: RunConfig, shards: Path) -> None:
         if classes is None and role != "pretrain":
             raise DataError(f"data.{role}: {origin} has no labels; the probe needs one folder per class")
         counts[role] = len(classes or ())
-    rehearse(config.pretrain, blueprint(config.model), partial(build_pretrain, config.pretrain))
+    source = blueprint(config.model)
+    rehearse(config.pretrain, source.vit, partial(build_pretrain, config.pretrain, decoder=source.decoder))
     if config.finetune is not None:
         build = partial(build_finetune, config.finetune, classes=counts["train"])
-        rehearse(config.finetune, blueprint(config.model), build)
+        rehearse(config.finetune, blueprint(config.model).vit, build)
 
 
 def _given(config: RunConfig, stage: str) -> dict[str, Any]:

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from explora import config as configs
 from explora.adapt import AnyMethod, ExPLoRA, adapt
 from explora.config import Overrides
-from explora.data import MultiCrop, ShardSet
+from explora.data import Center, Key, MaskedCrop, MultiCrop, ShardSet
+from explora.engine import Monitor, MonitorConfig
 from explora.errors import ConfigError
 from explora.models import ViT, load_model
-from explora.objectives import DINOv2, DINOv2Config
-from explora.runs import Run
-from explora.stages.training import Trained, TrainingPlace, TrainingSection, announce, fit_views, logger, seeded, train
+from explora.objectives import MAE, DINOv2, DINOv2Config, MAEConfig, Objective
+from explora.runs import Run, save_arrays
+from explora.stages.training import (
+    Trained,
+    TrainingPlace,
+    TrainingSection,
+    announce,
+    export,
+    families,
+    fit_views,
+    logger,
+    seeded,
+    train,
+)
+
+_VIEWS = {"dinov2": "multicrop", "mae": "masked_crop"}
+"""The views that each objective learns from."""
+_PICTURES = 8
 
 
 class PretrainSection(TrainingSection):
@@ -22,17 +44,31 @@ class PretrainSection(TrainingSection):
 
     adapt: AnyMethod = ExPLoRA()
     """Which part of the backbone may change, and how."""
-    objective: DINOv2Config = DINOv2Config()
-    """Student, teacher and their losses."""
-    views: MultiCrop = MultiCrop()
+    objective: Annotated[DINOv2Config | MAEConfig, Field(discriminator="name")] = DINOv2Config()
+    """What is learnt: `dinov2` (the default) or `mae`, best the one that the weights come from."""
+    views: Annotated[MultiCrop | MaskedCrop, Field(discriminator="name")] = MultiCrop()
     """The crops made of an image; sizes, mean and std that are left out follow the backbone."""
+    monitor: MonitorConfig | None = MonitorConfig()
+    """How the backbone's features are watched while it learns; null does not watch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_what_follows(cls, given: Any) -> Any:
+        """`objective` is DINOv2 unless it says otherwise, and `views` are those that it learns from."""
+        if not isinstance(given, Mapping):
+            return given
+        given = dict(given)
+        for key, name in (("objective", "dinov2"), ("views", None)):
+            if isinstance(given.get(key, {}), Mapping):
+                given[key] = {"name": name or _VIEWS.get(given["objective"]["name"], "multicrop"), **given.get(key, {})}
+        return given
 
 
 class PretrainConfig(TrainingPlace, PretrainSection):
     """Config of `explora pretrain`."""
 
     shards: str
-    """Folder that `explora pack` wrote; labels in it are not looked at."""
+    """Folder that `explora pack` wrote; labels in it only serve the monitor, they never teach."""
 
 
 def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> Trained:
@@ -44,23 +80,50 @@ def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None
     config = configs.load(PretrainConfig, source, overrides)
     seeded(config.seed)
     shards = ShardSet.open(config.shards)
-    vit, account = load_model(config.model)
+    vit, account, decoder = load_model(config.model)
     config = config.model_copy(update={"views": fit_views(config.views, vit)})
     with Run.open(config.out, config) as run:
         if run.summary is not None:
             logger.info("%s: already finished", config.out)
             return Trained.of(run, run.summary)
         announce(vit, account)
-        summary = train(run, config, config.seed, build(config, vit), shards, "pretrain")
+        objective = build(config, vit, decoder)
+        if isinstance(objective, MAE) and objective.decoder.fresh:
+            logger.info("decoder: begins anew: %s", ", ".join(families(objective.decoder.fresh)))
+        monitor = None
+        if config.monitor is not None:
+            view = fit_views(Center(), vit)
+            monitor = Monitor(
+                config.monitor, shards, view, partial(export, run.folder / "best", objective, config.adapt)
+            )
+        summary = train(run, config, config.seed, objective, shards, "pretrain", monitor)
+        _show(run.folder, objective, config, shards)
         return Trained.of(run, run.finish(summary))
 
 
-def build(section: PretrainSection, vit: ViT) -> DINOv2:
+def build(section: PretrainSection, vit: ViT, decoder: Mapping[str, Tensor] | None = None) -> Objective:
     """Adapt the backbone and put the objective around it.
 
+    Args:
+        decoder: the MAE decoder that came with the weights, if one did.
+
     Raises:
-        ConfigError: the method leaves the whole backbone as it is.
+        ConfigError: the method leaves the whole backbone as it is, or the objective does not fit.
     """
     if not adapt(vit, section.adapt):
         raise ConfigError(f"adapt: '{section.adapt.name}' trains nothing of the backbone; choose explora, lora or full")
-    return DINOv2(section.objective, vit, section.batch_size)
+    if isinstance(section.objective, MAEConfig):
+        return MAE(section.objective, vit, decoder)
+    return DINOv2(section.objective, vit, section.batch_size, section.batch_size // section.micro_batches)
+
+
+def _show(folder: Path, objective: Objective, config: PretrainConfig, shards: ShardSet) -> None:
+    """Leave the pictures of an objective that has some: uint8 (n, H, W, C) by name, of images all over the set."""
+    chosen = np.linspace(0, len(shards) - 1, min(_PICTURES, len(shards)), dtype=int).tolist()
+    samples = [config.views.sample(shards.image(index), Key(config.seed, 0, index)) for index in chosen]
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    device = next(objective.parameters()).device
+    batch = {name: value.to(device) for name, value in (batch | config.views.step(config.seed, 0, len(chosen))).items()}
+    pictures = objective.pictures(config.views.finish(batch))
+    if pictures:
+        save_arrays(folder / "pictures.npz", {name: config.views.pixels(images) for name, images in pictures.items()})

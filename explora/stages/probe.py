@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -38,7 +37,7 @@ from explora.evaluation.pictures import pca_pictures
 from explora.models import ModelConfig, fingerprint, load_model, read_tensors
 from explora.objectives.supervised import classify
 from explora.reporting import results_table
-from explora.runs import Run, write_atomically
+from explora.runs import Run, save_arrays, write_atomically
 from explora.stages.pack import bar_at
 from explora.stages.training import fit_views, seeded
 
@@ -184,7 +183,7 @@ class _Probed:
     def __init__(self, config: ProbeConfig, folder: Path, name: str, model: ProbedModel) -> None:
         self.config, self.name, self.knows_labels = config, name, model.head is not None
         seeded(config.seed)
-        self.vit, account = load_model(model)
+        self.vit, account, _ = load_model(model)
         logger.info("%s: %s, %s", name, self.vit.name, account or "random weights")
         self.hash = fingerprint(self.vit.state_dict())
         self.view = fit_views(config.view or Center(), self.vit)
@@ -310,12 +309,6 @@ def _write(
             arrays[j.key] = j.result.predictions
     write_atomically(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_atomically(folder / "classes.json", json.dumps(sets["test"].classes))
-    write_atomically(folder / "predictions.npz", _npz(arrays))
+    save_arrays(folder / "predictions.npz", arrays)
     if pictures:
-        write_atomically(folder / "pictures.npz", _npz(pictures))
-
-
-def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
+        save_arrays(folder / "pictures.npz", pictures)

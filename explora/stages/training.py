@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +17,9 @@ from explora import config as configs
 from explora.adapt import AnyMethod, Method
 from explora.config import Config
 from explora.data import AnyViews, ShardSet, Stream, Views
-from explora.engine import LoopConfig, OptimConfig, Optimizer, Training, parameter_groups
+from explora.engine import LoopConfig, Monitor, OptimConfig, Optimizer, Outcome, Training, parameter_groups
 from explora.errors import ConfigError
-from explora.models import Account, ModelConfig, ViT, load_model
+from explora.models import Account, Loaded, ModelConfig, ViT, load_model
 from explora.models.export import save_adapter, save_backbone
 from explora.objectives import Objective
 from explora.runs import Run
@@ -97,6 +97,7 @@ def fit_views(views: V, vit: ViT) -> V:
     patch = vit.patch_size
     facts = {"mean": vit.mean, "std": vit.std, "patch_size": patch}
     facts |= {"size": vit.image_size, "global_size": vit.image_size}
+    facts |= {"groups": vit.groups}
     facts["local_size"] = max(1, round(vit.image_size * 3 / 7 / patch)) * patch
     open_fields = {
         name: value
@@ -104,9 +105,10 @@ def fit_views(views: V, vit: ViT) -> V:
         if name in type(views).model_fields and name not in views.model_fields_set
     }
     fitted = configs.validate(type(views), {**views.model_dump(exclude_unset=True), **open_fields}, "views")
-    given = fitted.model_dump().get("patch_size", patch)
-    if given != patch:
-        raise ConfigError(f"views.patch_size: {given}, but the patches of {vit.name} have {patch} px; leave it out")
+    written = fitted.model_dump()
+    for key, own in (("patch_size", patch), ("groups", vit.groups)):
+        if written.get(key, own) != own:
+            raise ConfigError(f"views.{key}: {written[key]}, but that of {vit.name} is {own}; leave it out")
     for side in fitted.sides():
         if side % patch:
             low = max(1, side // patch) * patch
@@ -116,7 +118,7 @@ def fit_views(views: V, vit: ViT) -> V:
     return fitted
 
 
-def blueprint(model: ModelConfig) -> ViT:
+def blueprint(model: ModelConfig) -> Loaded:
     """The backbone on tensors without memory; a weights file is read and must fit, timm's are not fetched.
 
     Raises:
@@ -124,8 +126,10 @@ def blueprint(model: ModelConfig) -> ViT:
     """
     if model.weights in (None, "timm"):
         with torch.device("meta"):
-            return load_model(model.model_copy(update={"weights": None}))[0]
-    return load_model(model)[0].to("meta")
+            return load_model(model.model_copy(update={"weights": None}))
+    loaded = load_model(model)
+    loaded.vit.to("meta")
+    return loaded
 
 
 def rehearse(section: TrainingSection, vit: ViT, build: Callable[[ViT], Objective]) -> Objective:
@@ -142,7 +146,13 @@ def rehearse(section: TrainingSection, vit: ViT, build: Callable[[ViT], Objectiv
 
 
 def train(
-    run: Run, config: TrainingSection, seed: int, objective: Objective, shards: ShardSet, stage: str
+    run: Run,
+    config: TrainingSection,
+    seed: int,
+    objective: Objective,
+    shards: ShardSet,
+    stage: str,
+    monitor: Monitor | None = None,
 ) -> dict[str, Any]:
     """Train to the end and export the result; returns the summary, which the caller writes last."""
     progress = progress_of(config, shards)
@@ -155,7 +165,7 @@ def train(
         workers=config.workers,
         micro_batches=config.micro_batches,
     )
-    training = Training(config.loop, run, objective, optimizer, stream, config.views, progress, seed)
+    training = Training(config.loop, run, objective, optimizer, stream, config.views, progress, seed, monitor)
     objective.to(training.device)
     counts = parameter_counts(objective)
     logger.info(
@@ -166,10 +176,13 @@ def train(
         config.optim.peak(config.optim.lr, config.batch_size),
     )
     outcome = training.fit()
+    export(run.folder, objective, config.adapt)
+    logger.info("%s: done in %.0f s; %s", stage, outcome.seconds, run.folder / "backbone.safetensors")
     images = progress.steps * config.batch_size
-    summary = {
+    return {
         "stage": stage,
         "model": objective.backbone.name,
+        "data": {"name": shards.name, "samples": len(shards), "fingerprint": shards.fingerprint},
         "method": config.adapt.name,
         "objective": type(objective).__name__.lower(),
         **counts,
@@ -179,11 +192,20 @@ def train(
         "images_per_second": round(images / outcome.seconds, 2),
         "skipped_steps": outcome.skipped,
         "alpha_over_rank": config.adapt.scale,
-        "trained": families(objective.backbone),
+        "trained": families(learning(objective.backbone)),
+        **({} if outcome.floor is None else watched(outcome)),
     }
-    export(run.folder, objective, config.adapt)
-    logger.info("%s: done in %.0f s; %s", stage, outcome.seconds, run.folder / "backbone.safetensors")
-    return summary
+
+
+def watched(outcome: Outcome) -> dict[str, Any]:
+    """What the monitor saw: kNN before the first step, at its best and at the end, percent."""
+    return {
+        "knn_floor": outcome.floor,
+        "knn_best": outcome.best,
+        "knn_best_step": outcome.best_step,
+        "knn_last": outcome.last,
+        "monitor_seconds": round(outcome.monitor_seconds, 2),
+    }
 
 
 def announce(vit: ViT, account: Account | None) -> None:
@@ -207,30 +229,34 @@ def progress_of(config: TrainingSection, shards: ShardSet) -> Progress:
 
 
 def parameter_counts(objective: Objective) -> dict[str, int]:
-    """Parameters of the backbone that train, all of them after merging, and those of the heads."""
+    """Parameters of the backbone that train, all of them after merging, those of the heads, and all that learns."""
     named = list(objective.backbone.named_parameters())
     return {
         "trained_parameters": sum(p.numel() for _, p in named if p.requires_grad),
         "total_parameters": sum(p.numel() for name, p in named if "lora_" not in name),
         "head_parameters": sum(p.numel() for head in objective.heads for p in head.parameters()),
+        "learning_parameters": sum(p.numel() for p in objective.parameters() if p.requires_grad),
     }
 
 
-def families(vit: ViT) -> list[str]:
-    """Names of what trains, block numbers collapsed where every block has it."""
-    names = [name for name, p in vit.named_parameters() if p.requires_grad]
-    return list(
-        dict.fromkeys(
-            re.sub(r"^blocks\.(\d+)\.(norm\d|attn\.(?:qkv|proj)\.lora|mlp\.fc\d\.lora).*", r"blocks.*.\2*", n)
-            for n in names
-        )
-    )
+def families(names: Iterable[str]) -> list[str]:
+    """Parameter names to read: numbers collapsed where one kind of layer has them in many places."""
+    low_rank = re.compile(r"(^|\.)blocks\.\d+\.(norm\d|attn\.(?:qkv|proj)\.lora|mlp\.fc\d\w*\.lora).*")
+    short = (low_rank.sub(r"\1blocks.*.\2*", name) for name in names)
+    return list(dict.fromkeys(re.sub(r"^(patch_embed|pred)\..*", r"\1.*", name) for name in short))
+
+
+def learning(vit: ViT) -> list[str]:
+    """Names of the parameters that learn."""
+    return [name for name, p in vit.named_parameters() if p.requires_grad]
 
 
 def export(folder: Path, objective: Objective, method: Method) -> None:
-    """Write the merged backbone and the adapter alone."""
-    learnt = [name for name, p in objective.backbone.named_parameters() if p.requires_grad]
-    save_adapter(folder / "adapter.safetensors", objective.result, learnt, method.model_dump(mode="json"))
+    """Write the merged backbone and the adapter alone; the folder is made where it is not there."""
+    folder.mkdir(exist_ok=True)
+    save_adapter(
+        folder / "adapter.safetensors", objective.result, learning(objective.backbone), method.model_dump(mode="json")
+    )
     merged = copy.deepcopy(objective.result)
     method.merge(merged)
     save_backbone(folder / "backbone.safetensors", merged)
