@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
+import explora.models  # noqa: F401  first, because tests import timm and transformers, which import torchvision
 from data_shards import folder
 from explora import cli
 from explora.data import pack, synthetic
