@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from explora.distributed import gather_counts
 from explora.models import ViT
 from explora.schedules import Progress
 
@@ -43,9 +45,9 @@ class Objective(nn.Module, abc.ABC):
         """The model that gradients reach."""
 
     @property
-    @abc.abstractmethod
     def result(self) -> ViT:
         """The model to export: an EMA teacher where there is one."""
+        return self.backbone
 
     @property
     def heads(self) -> list[nn.Module]:
@@ -88,3 +90,9 @@ class Objective(nn.Module, abc.ABC):
         base = {id(tensor) for tensor in self.frozen().values()}
         state = self.state_dict(keep_vars=True)
         return {name: tensor for name, tensor in state.items() if id(tensor) not in base}
+
+
+def shares(counts: Sequence[int], device: torch.device) -> list[float]:
+    """The part that each micro-batch of so many images is of the step, over all ranks; every rank must ask."""
+    total = sum(gather_counts(sum(counts), device))
+    return [count / total for count in counts]

@@ -10,10 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from explora.config import Config
-from explora.distributed import gather_counts
 from explora.errors import ConfigError
 from explora.models import ViT
-from explora.objectives.base import Batch, Objective, StepOutput
+from explora.objectives.base import Batch, Objective, StepOutput, shares
 from explora.objectives.decoder import Decoder, DecoderConfig
 from explora.schedules import NOTHING, Length, LengthField, Progress
 
@@ -68,10 +67,6 @@ class MAE(Objective):
         return self.student["backbone"]  # type: ignore[return-value]
 
     @property
-    def result(self) -> ViT:
-        return self.backbone
-
-    @property
     def decoder(self) -> Decoder:
         return self.student["decoder"]  # type: ignore[return-value]
 
@@ -89,9 +84,7 @@ class MAE(Objective):
     def targets(self, micro_batches: Sequence[Batch], progress: Progress) -> list[float]:
         """Each micro-batch's share of the images of the step, over all ranks."""
         self._errors.clear()
-        counts = [len(batch["image"]) for batch in micro_batches]
-        total = sum(gather_counts(sum(counts), micro_batches[0]["image"].device))
-        return [count / total for count in counts]
+        return shares([len(batch["image"]) for batch in micro_batches], micro_batches[0]["image"].device)
 
     def forward(self, batch: Batch, target: float, progress: Progress) -> StepOutput:
         """Squared error, the mean over each patch, then over the hidden patches (all images hide equally many)."""

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from explora.config import Config
-from explora.distributed import gather_counts
 from explora.models import Tokens, ViT
 from explora.models.vit import Mixup
-from explora.objectives.base import Batch, Objective, StepOutput
+from explora.objectives.base import Batch, Objective, StepOutput, shares
 from explora.schedules import Progress
 
 
@@ -63,10 +62,6 @@ class Supervised(Objective):
         return self.student["backbone"]  # type: ignore[return-value]
 
     @property
-    def result(self) -> ViT:
-        return self.backbone
-
-    @property
     def head(self) -> nn.Linear:
         return self.student["head"]  # type: ignore[return-value]
 
@@ -76,9 +71,7 @@ class Supervised(Objective):
 
     def targets(self, micro_batches: Any, progress: Progress) -> list[float]:
         """Each micro-batch's share of the images of the step, over all ranks."""
-        counts = [len(batch["label"]) for batch in micro_batches]
-        total = sum(gather_counts(sum(counts), micro_batches[0]["label"].device))
-        return [count / total for count in counts]
+        return shares([len(batch["label"]) for batch in micro_batches], micro_batches[0]["label"].device)
 
     def forward(self, batch: Batch, target: float, progress: Progress) -> StepOutput:
         images, labels = batch["image"], batch["label"]
