@@ -191,7 +191,9 @@ def _problem(kind: type[Config], raw: Any, item: Any) -> tuple[str, str]:
         location.append(item["ctx"]["discriminator"].strip("'"))
     path = ".".join(str(part) for part in location) or "(top level)"
     if item["type"] == "extra_forbidden":
-        return path, "no such key" + _nearest(str(location[-1]), _known_keys(kind, raw, item["loc"]))
+        tag = item["loc"][-2] if len(item["loc"]) > 1 and item["loc"][-2] not in location else None
+        of = f" of '{tag}'" if tag else ""
+        return path, f"no such key{of}" + _nearest(str(location[-1]), _known_keys(kind, raw, item["loc"]))
     if item["type"] in ("missing", "union_tag_not_found"):
         return path, "required, but not given"
     if item["type"] == "union_tag_invalid":

@@ -16,7 +16,7 @@ from conftest import MODEL, Answer
 import explora
 from explora.config import load
 from explora.errors import ConfigError
-from explora.models import build
+from explora.models import Loaded, build
 from explora.stages.check import flops_per_image, memory
 from explora.stages.finetune import FinetuneSection
 from explora.stages.finetune import build as build_finetune
@@ -170,7 +170,7 @@ def numbers(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize(("method", "learns"), [("full", True), ("frozen", False)])
 def test_memory_without_a_teacher(method: str, learns: bool) -> None:
     section = load(FinetuneSection, {"adapt": {"name": method}, "batch_size": 8, "micro_batches": 2})
-    objective = build_finetune(section, build(MODEL["name"], 32, MODEL["options"]), classes=10)
+    objective = build_finetune(section, Loaded(build(MODEL["name"], 32, MODEL["options"]), None, {}), classes=10)
     head, backbone = numbers(objective.head), numbers(objective.backbone)
     trained = head + backbone * learns
     activations = 4 * (16 + 1) * 2 * 32 * 19 * 3  # images, tokens, blocks, width, values, bytes
@@ -183,13 +183,13 @@ def test_memory_with_a_teacher_and_its_scores() -> None:
         views = {"local_crops": 2, "local_size": 16}
         settings = {"adapt": {"name": "explora", "rank": 4}, "batch_size": 8, "micro_batches": 2, "views": views}
         section = load(PretrainSection, {**settings, "objective": {"head": head}})
-        objective = build_pretrain(section, build(MODEL["name"], 32, MODEL["options"]))
+        objective = build_pretrain(section, Loaded(build(MODEL["name"], 32, MODEL["options"]), None, {}))
         trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
         return memory(objective, section), trained, numbers(objective.backbone) + numbers(objective.student.dino_head)
 
     (small, trained, student), (large, more, _) = estimate(64), estimate(256)
     masked = 2 * 16 * 0.5 * (0.1 + 0.5) / 2  # patches of an image's two global crops
-    rows = round(4 * (2 + 2 + masked) + 8 * (2 + masked))
+    rows = round(4 * ((2 + 2 + masked) + (2 + masked)))  # of a micro-batch: the student's and the teacher's
     assert large - small == 20 * (more - trained) + 192 * (2 * 4 + 16 * rows)
     activations = 4 * (2 * (16 + 1) + 2 * (4 + 1)) * 2 * 32 * 19 * 3
     assert small == 4 * student + 16 * trained + 64 * (2 * 4 + 16 * rows) + activations

@@ -73,8 +73,8 @@ def test_the_message_of_the_design(tmp_path: Path) -> None:
     [
         ({"optin": {}}, "optin: no such key; did you mean 'optim'?"),
         ({"zzz": 1}, "zzz: no such key"),
-        ({"fruit": {"name": "apple", "rnak": 3}}, "fruit.rnak: no such key; did you mean 'rank'?"),
-        ({"fruit": {"name": "pear", "rank": 3}}, "fruit.rank: no such key"),
+        ({"fruit": {"name": "apple", "rnak": 3}}, "fruit.rnak: no such key of 'apple'; did you mean 'rank'?"),
+        ({"fruit": {"name": "pear", "rank": 3}}, "fruit.rank: no such key of 'pear'"),
         (
             {"fruit": {"name": "appel"}},
             "fruit.name: expected one of 'apple', 'pear', got 'appel'; did you mean 'apple'?",

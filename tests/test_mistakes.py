@@ -57,7 +57,7 @@ def refused(tmp_path: Path, explora_command: Command) -> Callable[..., str]:
     ("override", "words"),
     [
         ("modle.name=x", "modle: no such key; did you mean 'model'?"),
-        ("adapt.rnak=3", "adapt.rnak: no such key; did you mean 'rank'?"),
+        ("adapt.rnak=3", "adapt.rnak: no such key of 'explora'; did you mean 'rank'?"),
         ("adapt.rank=two", "adapt.rank: expected an integer, got 'two'"),
         ("adapt.name=lorra", "did you mean 'lora'?"),
         ("steps", "override 'steps': expected key=value"),
@@ -84,6 +84,11 @@ def refused(tmp_path: Path, explora_command: Command) -> Callable[..., str]:
         ("objective.head.prototypes=65536", "use 'auto', a larger batch"),
         ("optim.rules=[{match: lorra, lr: 1}]", "no trained parameter matches ['lorra']"),
         ("loop.device=gpu", "device 'gpu' cannot be used"),
+        ("objective={name: mae, head: {}}", "objective.head: no such key of 'mae'"),
+        ("views={name: masked_crop}", "objective 'dinov2' learns from the views 'multicrop'; leave views.name out"),
+        ("objective.head_warmup=100%", "objective.head_warmup: lasts all 6 steps, so the backbone would learn nothing"),
+        ("model.options.in_chans=5", "model.options.in_chans: 5, but images in shards have 3 channels"),
+        ("model.channel_groups=[[0], [1, 2]]", "objective.name: 'dinov2' masks whole patches, not channel groups"),
     ],
 )
 def test_pretrain(tmp_path: Path, pretraining: Make, refused: Callable[..., str], override: str, words: str) -> None:

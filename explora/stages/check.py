@@ -23,10 +23,12 @@ from explora.stages.pipeline import RunConfig
 from explora.stages.pretrain import PretrainConfig, PretrainSection
 from explora.stages.probe import ProbeConfig
 from explora.stages.training import (
+    CHANNELS,
     TrainingSection,
     blueprint,
     families,
     fit_views,
+    fitted,
     learning,
     parameter_counts,
     rehearse,
@@ -49,41 +51,52 @@ def check(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
 
 def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
     """The kind of config shows in its keys; a stage of its own has neither data nor models."""
-    if "data" in raw or "pretrain" in raw:
-        chain = configs.validate(RunConfig, raw, source)
-        folders = {f"data.{role}": folder for role, folder in chain.data.folders().items()}
-        yield configs.dump(chain)
-        yield from _stage("pretrain", chain.pretrain, chain.model)
-        if chain.finetune is not None:
-            yield from _stage("finetune", chain.finetune, chain.model, chain.data.train)
-        yield _missing({**folders, **_weights("model", chain.model)})
-    elif "models" in raw:
+    if "models" in raw:
         probing = configs.validate(ProbeConfig, raw, source)
         yield configs.dump(probing)
         yield from _probe(probing)
+        return
+    needed: dict[str, str | None]
+    if "data" in raw or "pretrain" in raw:
+        chain = configs.validate(RunConfig, raw, source)
+        model, needed = chain.model, {f"data.{role}": folder for role, folder in chain.data.folders().items()}
+        loaded = _sketch(model)
+        sections = {"pretrain": fitted(chain.pretrain, loaded.vit)}
+        tune = None if chain.finetune is None else fitted(chain.finetune, loaded.vit)
+        yield configs.dump(chain.model_copy(update={**sections, "finetune": tune}))
+        yield from _pretrain(chain.pretrain, model)
+        if chain.finetune is not None:
+            yield from _finetune(chain.finetune, model, chain.data.train)
     elif "train" in raw:
         tuning = configs.validate(FinetuneConfig, raw, source)
-        yield configs.dump(tuning)
-        yield from _stage("finetune", tuning, tuning.model, tuning.train)
-        yield _missing({"train": tuning.train, **_weights("model", tuning.model)})
+        model, needed = tuning.model, {"train": tuning.train}
+        yield configs.dump(fitted(tuning, _sketch(model).vit))
+        yield from _finetune(tuning, model, tuning.train)
     else:
         training = configs.validate(PretrainConfig, raw, source)
-        yield configs.dump(training)
-        yield from _stage("pretrain", training, training.model)
-        yield _missing({"shards": training.shards, **_weights("model", training.model)})
+        model, needed = training.model, {"shards": training.shards, "watched": training.watched}
+        yield configs.dump(fitted(training, _sketch(model).vit))
+        yield from _pretrain(training, model)
+    yield _missing({**needed, **_weights("model", model)}, _sketch(model).vit)
 
 
-def _stage(
-    stage: str, section: PretrainSection | FinetuneSection, model: ModelConfig, labelled: str = ""
-) -> Iterator[str]:
+def _pretrain(section: PretrainSection, model: ModelConfig) -> Iterator[str]:
+    loaded = _sketch(model)
+    loaded = loaded._replace(decoder=loaded.decoder or _awaited_decoder(section, model, loaded.vit))
+    flops = flops_per_image(loaded.vit, loaded.vit.image_size)
+    return _stage("pretrain", section, rehearse(section, loaded, pretrain.build), flops)
+
+
+def _finetune(section: FinetuneSection, model: ModelConfig, labelled: str) -> Iterator[str]:
+    loaded = _sketch(model)
+    flops = flops_per_image(loaded.vit, loaded.vit.image_size)
+    build = partial(finetune.build, classes=_classes(Path(labelled)))
+    return _stage("finetune", section, rehearse(section, loaded, build), flops)
+
+
+def _stage(stage: str, section: TrainingSection, objective: Objective, flops: int) -> Iterator[str]:
     """The facts of one training stage, from a model without memory behind its weights."""
-    vit, _, decoder = _sketch(model)
-    flops = flops_per_image(vit, vit.image_size)
-    if isinstance(section, PretrainSection):
-        decoder = decoder or _awaited_decoder(section, model, vit)
-        objective: Objective = rehearse(section, vit, partial(pretrain.build, section, decoder=decoder))
-    else:
-        objective = rehearse(section, vit, partial(finetune.build, section, classes=_classes(Path(labelled))))
+    vit = objective.backbone
     counts = parameter_counts(objective)
     peak = section.optim.peak(section.optim.lr, section.batch_size)
     yield f"{stage}"
@@ -166,7 +179,7 @@ def memory(objective: Objective, section: TrainingSection) -> float:
     values = images * 19 * 3 * _token_widths(objective, section)
     views = fit_views(section.views, objective.backbone)
     if isinstance(objective, DINOv2) and isinstance(views, MultiCrop):
-        values += objective.prototypes * _rows(views, images, section.batch_size) * 4 * 4
+        values += objective.prototypes * _rows(views, images) * 4 * 4
     return 4 * held + 12 * trained + values
 
 
@@ -180,14 +193,14 @@ def _token_widths(objective: Objective, section: TrainingSection) -> float:
     return sum(count + vit.prefix_tokens for count in patches) * vit.depth * vit.width
 
 
-def _rows(views: MultiCrop, images: int, batch: int) -> int:
-    """Rows of prototype scores: the student's of a micro-batch and the teacher's of a step.
+def _rows(views: MultiCrop, images: int) -> int:
+    """Rows of prototype scores in a micro-batch: the student's of all crops, the teacher's of the global ones.
 
     Each row is there about four times in fp32: as score, as (log-)probability, and what Sinkhorn or backward adds.
     """
     patches = (views.global_size // views.patch_size) ** 2
     masked = 2 * patches * views.mask_probability * sum(views.mask_ratio) / 2
-    return round(images * (2 + views.local_crops + masked) + batch * (2 + masked))
+    return round(images * (2 * (2 + masked) + views.local_crops))
 
 
 def _classes(shards: Path) -> int:
@@ -197,7 +210,9 @@ def _classes(shards: Path) -> int:
     return sum(path.is_dir() for path in shards.iterdir()) or 2 if shards.is_dir() else 2
 
 
-def _missing(needed: Mapping[str, str | None]) -> str:
-    """Files that stand in the way of a run because they are not there yet."""
+def _missing(needed: Mapping[str, str | None], vit: ViT | None = None) -> str:
+    """What stands in the way of a run: files that are not there yet, and channels that no shard has."""
     problems = [f"{key}: {path} does not exist" for key, path in needed.items() if path and not Path(path).exists()]
+    if vit is not None and vit.channels != CHANNELS:
+        problems.append(f"model.options.in_chans: {vit.channels}, but images in shards have {CHANNELS} channels")
     return "ready to run" if not problems else "\n  ".join(["before it can run:", *problems])

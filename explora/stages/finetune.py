@@ -13,11 +13,22 @@ from explora.adapt import AnyMethod, LoRA, adapt
 from explora.config import Overrides
 from explora.data import Crop, ShardSet
 from explora.errors import DataError
-from explora.models import ViT, load_model
+from explora.models import Loaded, load_model
 from explora.models.export import save_tensors
 from explora.objectives import Supervised, SupervisedConfig
 from explora.runs import Run
-from explora.stages.training import Trained, TrainingPlace, TrainingSection, announce, fit_views, logger, seeded, train
+from explora.stages.training import (
+    Trained,
+    TrainingPlace,
+    TrainingSection,
+    announce,
+    fitted,
+    logger,
+    refuse_channels,
+    refuse_idle,
+    seeded,
+    train,
+)
 
 
 class FinetuneSection(TrainingSection):
@@ -58,21 +69,25 @@ def finetune(source: str | Path | Mapping[str, Any], overrides: Overrides = None
     shards = ShardSet.open(config.train)
     if shards.classes is None:
         raise DataError(f"{config.train}: has no labels; fine-tuning needs one folder per class before packing")
-    vit, account, _ = load_model(config.model)
-    config = config.model_copy(update={"views": fit_views(config.views, vit)})
+    loaded = load_model(config.model)
+    refuse_channels(loaded.vit)
+    config = fitted(config, loaded.vit)
+    objective = build(config, loaded, len(shards.classes))
+    refuse_idle(config, objective, shards)
     with Run.open(config.out, config) as run:
         if run.summary is not None:
             logger.info("%s: already finished", config.out)
             return Trained.of(run, run.summary)
-        announce(vit, account)
-        objective = build(config, vit, len(shards.classes))
+        announce(loaded.vit, loaded.account)
         summary = train(run, config, config.seed, objective, shards, "finetune")
         head = {"pool": config.objective.pool, "classes": shards.classes}
         save_tensors(run.folder / "head.safetensors", objective.head.state_dict(), head)
         return Trained.of(run, run.finish(summary))
 
 
-def build(section: FinetuneSection, vit: ViT, classes: int) -> Supervised:
+def build(section: FinetuneSection, source: Loaded, classes: int) -> Supervised:
     """Adapt the backbone and put a fresh head on it."""
+    vit = source.vit
+    vit.mean, vit.std = section.views.mean, section.views.std  # what it learns from is what it expects from now on
     adapt(vit, section.adapt)
     return Supervised(section.objective, vit, classes)

@@ -22,7 +22,7 @@ from explora.stages.pack import pack, recipe_of
 from explora.stages.pretrain import PretrainSection, pretrain
 from explora.stages.pretrain import build as build_pretrain
 from explora.stages.probe import ProbeSection, check_source, judge
-from explora.stages.training import blueprint, logger, rehearse
+from explora.stages.training import blueprint, logger, refuse_channels, rehearse
 
 
 class DataConfig(Config):
@@ -112,10 +112,10 @@ def _rehearse(config: RunConfig, shards: Path) -> None:
             raise DataError(f"data.{role}: {origin} has no labels; the probe needs one folder per class")
         counts[role] = len(classes or ())
     source = blueprint(config.model)
-    rehearse(config.pretrain, source.vit, partial(build_pretrain, config.pretrain, decoder=source.decoder))
+    refuse_channels(source.vit)
+    rehearse(config.pretrain, source, build_pretrain)
     if config.finetune is not None:
-        build = partial(build_finetune, config.finetune, classes=counts["train"])
-        rehearse(config.finetune, blueprint(config.model).vit, build)
+        rehearse(config.finetune, blueprint(config.model), partial(build_finetune, classes=counts["train"]))
 
 
 def _given(config: RunConfig, stage: str) -> dict[str, Any]:
@@ -127,7 +127,8 @@ def _given(config: RunConfig, stage: str) -> dict[str, Any]:
 def _train(config: RunConfig, unlabelled: str, labelled: str) -> dict[str, Any]:
     """Pretrain and fine-tune; returns the models that the probe compares."""
     model = config.model.model_dump(mode="json")
-    adapted = pretrain({**_given(config, "pretrain"), "shards": unlabelled, "model": model})
+    given = _given(config, "pretrain")
+    adapted = pretrain({**given, "shards": unlabelled, "watched": labelled, "model": model})
     models = {"baseline": model, "adapted": {"weights": str(adapted.backbone)}}
     if config.finetune is not None:
         tuned = finetune({**_given(config, "finetune"), "train": labelled, "model": models["adapted"]})

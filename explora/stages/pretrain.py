@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from explora import config as configs
 from explora.adapt import AnyMethod, ExPLoRA, adapt
@@ -18,7 +17,7 @@ from explora.config import Overrides
 from explora.data import Center, Key, MaskedCrop, MultiCrop, ShardSet
 from explora.engine import Monitor, MonitorConfig
 from explora.errors import ConfigError
-from explora.models import ViT, load_model
+from explora.models import Loaded, load_model
 from explora.objectives import MAE, DINOv2, DINOv2Config, MAEConfig, Objective
 from explora.runs import Run, save_arrays
 from explora.stages.training import (
@@ -29,7 +28,10 @@ from explora.stages.training import (
     export,
     families,
     fit_views,
+    fitted,
     logger,
+    refuse_channels,
+    refuse_idle,
     seeded,
     train,
 )
@@ -63,12 +65,21 @@ class PretrainSection(TrainingSection):
                 given[key] = {"name": name or _VIEWS.get(given["objective"]["name"], "multicrop"), **given.get(key, {})}
         return given
 
+    @model_validator(mode="after")
+    def _views_of_the_objective(self) -> PretrainSection:
+        fits = _VIEWS[self.objective.name]
+        if self.views.name != fits:
+            raise ValueError(f"objective '{self.objective.name}' learns from the views '{fits}'; leave views.name out")
+        return self
+
 
 class PretrainConfig(TrainingPlace, PretrainSection):
     """Config of `explora pretrain`."""
 
     shards: str
     """Folder that `explora pack` wrote; labels in it only serve the monitor, they never teach."""
+    watched: str | None = None
+    """Labelled shards that the monitor looks at; null takes `shards`."""
 
 
 def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> Trained:
@@ -80,41 +91,56 @@ def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None
     config = configs.load(PretrainConfig, source, overrides)
     seeded(config.seed)
     shards = ShardSet.open(config.shards)
-    vit, account, decoder = load_model(config.model)
-    config = config.model_copy(update={"views": fit_views(config.views, vit)})
+    loaded = load_model(config.model)
+    refuse_channels(loaded.vit)
+    config = fitted(config, loaded.vit)
+    objective = build(config, loaded)
+    refuse_idle(config, objective, shards)
     with Run.open(config.out, config) as run:
         if run.summary is not None:
             logger.info("%s: already finished", config.out)
             return Trained.of(run, run.summary)
-        announce(vit, account)
-        objective = build(config, vit, decoder)
+        announce(loaded.vit, loaded.account)
         if isinstance(objective, MAE) and objective.decoder.fresh:
             logger.info("decoder: begins anew: %s", ", ".join(families(objective.decoder.fresh)))
-        monitor = None
-        if config.monitor is not None:
-            view = fit_views(Center(), vit)
-            monitor = Monitor(
-                config.monitor, shards, view, partial(export, run.folder / "best", objective, config.adapt)
-            )
-        summary = train(run, config, config.seed, objective, shards, "pretrain", monitor)
+        summary = train(
+            run, config, config.seed, objective, shards, "pretrain", _monitor(config, objective, run.folder)
+        )
         _show(run.folder, objective, config, shards)
         return Trained.of(run, run.finish(summary))
 
 
-def build(section: PretrainSection, vit: ViT, decoder: Mapping[str, Tensor] | None = None) -> Objective:
+def build(section: PretrainSection, source: Loaded) -> Objective:
     """Adapt the backbone and put the objective around it.
 
-    Args:
-        decoder: the MAE decoder that came with the weights, if one did.
-
     Raises:
-        ConfigError: the method leaves the whole backbone as it is, or the objective does not fit.
+        ConfigError: the method leaves the whole backbone as it is, or something random in it, or does not fit the
+            objective.
     """
+    vit = source.vit
+    vit.mean, vit.std = section.views.mean, section.views.std  # what it learns from is what it expects from now on
     if not adapt(vit, section.adapt):
         raise ConfigError(f"adapt: '{section.adapt.name}' trains nothing of the backbone; choose explora, lora or full")
+    fresh = () if source.account is None else source.account.fresh
+    random = [name for name in fresh if name.startswith("patch_embed.") and not vit.get_parameter(name).requires_grad]
+    if random:
+        raise ConfigError(
+            f"adapt.patch_embed: the weights have no patch embedding for these bands, so {random[0]} and others begin "
+            "anew and must learn; set it to true"
+        )
     if isinstance(section.objective, MAEConfig):
-        return MAE(section.objective, vit, decoder)
+        return MAE(section.objective, vit, source.decoder)
+    if vit.groups > 1:
+        raise ConfigError("objective.name: 'dinov2' masks whole patches, not channel groups; use 'mae' with them")
     return DINOv2(section.objective, vit, section.batch_size, section.batch_size // section.micro_batches)
+
+
+def _monitor(config: PretrainConfig, objective: Objective, folder: Path) -> Monitor | None:
+    if config.monitor is None:
+        return None
+    watched = ShardSet.open(config.watched or config.shards)
+    keep = partial(export, folder / "best", objective, config.adapt)
+    return Monitor(config.monitor, watched, fit_views(Center(), objective.backbone), keep)
 
 
 def _show(folder: Path, objective: Objective, config: PretrainConfig, shards: ShardSet) -> None:

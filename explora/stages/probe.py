@@ -39,7 +39,7 @@ from explora.objectives.supervised import classify
 from explora.reporting import results_table
 from explora.runs import Run, save_arrays, write_atomically
 from explora.stages.pack import bar_at
-from explora.stages.training import fit_views, seeded
+from explora.stages.training import fit_views, refuse_channels, seeded
 
 logger = logging.getLogger("explora")
 
@@ -186,6 +186,7 @@ class _Probed:
         self.vit, account, _ = load_model(model)
         logger.info("%s: %s, %s", name, self.vit.name, account or "random weights")
         self.hash = fingerprint(self.vit.state_dict())
+        refuse_channels(self.vit)
         self.view = fit_views(config.view or Center(), self.vit)
         self.device = device_of(config.device)
         self.cache = Path(config.cache) if config.cache else folder / "features"

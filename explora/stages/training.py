@@ -27,6 +27,10 @@ from explora.schedules import Length, LengthField, Progress
 
 logger = logging.getLogger("explora")
 V = TypeVar("V", bound=Views)
+S = TypeVar("S", bound="TrainingSection")
+
+CHANNELS = 3
+"""What `explora pack` writes: red, green, blue."""
 
 
 class TrainingSection(Config):
@@ -104,18 +108,22 @@ def fit_views(views: V, vit: ViT) -> V:
         for name, value in facts.items()
         if name in type(views).model_fields and name not in views.model_fields_set
     }
-    fitted = configs.validate(type(views), {**views.model_dump(exclude_unset=True), **open_fields}, "views")
-    written = fitted.model_dump()
+    fit = configs.validate(type(views), {**views.model_dump(exclude_unset=True), **open_fields}, "views")
+    written = fit.model_dump()
     for key, own in (("patch_size", patch), ("groups", vit.groups)):
         if written.get(key, own) != own:
             raise ConfigError(f"views.{key}: {written[key]}, but that of {vit.name} is {own}; leave it out")
-    for side in fitted.sides():
+    for side in fit.sides():
+        if side < 2 * patch:
+            raise ConfigError(
+                f"views: a crop of {side} px is less than two patches of {patch} px; use {2 * patch} or more"
+            )
         if side % patch:
             low = max(1, side // patch) * patch
             raise ConfigError(
                 f"views: a crop of {side} px is no multiple of the patch size {patch}; use {low} or {low + patch}"
             )
-    return fitted
+    return fit
 
 
 def blueprint(model: ModelConfig) -> Loaded:
@@ -132,17 +140,48 @@ def blueprint(model: ModelConfig) -> Loaded:
     return loaded
 
 
-def rehearse(section: TrainingSection, vit: ViT, build: Callable[[ViT], Objective]) -> Objective:
+def rehearse(section: S, source: Loaded, build: Callable[[S, Loaded], Objective]) -> Objective:
     """Go through a stage's beginning with a `blueprint`, to meet its mistakes before there is any work to lose.
 
     Raises:
         ConfigError: views, method, objective or optimizer rules do not fit the backbone.
     """
     with torch.device("meta"):
-        fit_views(section.views, vit)
-        objective = build(vit)
+        objective = build(fitted(section, source.vit), source)
     parameter_groups(section.optim, objective, section.batch_size)
     return objective
+
+
+def fitted(section: S, vit: ViT) -> S:
+    """The section with the views that it will use.
+
+    Raises:
+        ConfigError: see `fit_views`.
+    """
+    return section.model_copy(update={"views": fit_views(section.views, vit)})
+
+
+def refuse_idle(config: TrainingSection, objective: Objective, shards: ShardSet) -> None:
+    """Refuse a run that would leave the backbone as it is.
+
+    Raises:
+        ConfigError: no step at all, or the heads' warm-up never ends.
+    """
+    progress = progress_of(config, shards)
+    if objective.lr_scale("backbone", progress._replace(step=progress.steps - 1)) <= 0:
+        raise ConfigError(
+            f"objective.head_warmup: lasts all {progress.steps} steps, so the backbone would learn nothing; shorten it"
+        )
+
+
+def refuse_channels(vit: ViT) -> None:
+    """Refuse to feed a model what its patch embedding does not take.
+
+    Raises:
+        ConfigError: it is made for other than the three channels that shards have.
+    """
+    if vit.channels != CHANNELS:
+        raise ConfigError(f"model.options.in_chans: {vit.channels}, but images in shards have {CHANNELS} channels")
 
 
 def train(
