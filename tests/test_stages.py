@@ -13,21 +13,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import yaml
 from conftest import FINETUNE, MODEL, PRETRAIN, Answer
 from safetensors.torch import load_file
+from stopping import assert_same, learnt, rows, stop_at, stopped_at
 
 import explora
 from explora.adapt import attach
-from explora.config import load
 from explora.data import Center, Crop, MultiCrop, synthetic
-from explora.engine import Monitor, Training
-from explora.errors import ConfigError
-from explora.models import ViT, build, load_backbone
-from explora.stages.pretrain import PretrainSection
+from explora.engine import Training
+from explora.models import build, load_backbone
 from explora.stages.training import fit_views
 
 Make = Callable[..., dict[str, Any]]
@@ -36,54 +32,9 @@ Command = Callable[..., Answer]
 # A machine with one core is enough for these tests, however torch warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-RESULTS = ("backbone.safetensors", "adapter.safetensors", "head.safetensors", "results.jsonl", "predictions.npz")
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what no two runs share."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-
-
-def learnt(folder: Path) -> dict[str, bytes]:
-    """The files that hold what a stage or a chain learnt and found."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.name in RESULTS}
-
-
-def assert_same(one: Path, other: Path) -> None:
-    left, right = learnt(one), learnt(other)
-    assert left.keys() == right.keys() != set()
-    assert [name for name in left if left[name] != right[name]] == []
-    for path in one.rglob("metrics.jsonl"):
-        assert rows(path.parent) == rows(other / path.parent.relative_to(one))
-
 
 def written(config: dict[str, Any]) -> str:
     return yaml.safe_dump(config, sort_keys=False)
-
-
-class Stop(Exception):
-    """Something that is no mistake of the user."""
-
-
-def stopped_at(index: int, verb: Callable[..., Any], config: dict[str, Any]) -> None:
-    """Run a stage that fails inside step number `index`."""
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, index)
-        with pytest.raises(Stop):
-            verb(config)
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
-    """Let every training fail inside step number `index`."""
-    train = Training._train
-
-    def stopping(self: Training, step: Any) -> Any:
-        if step.index == index:
-            raise Stop
-        return train(self, step)
-
-    monkeypatch.setattr(Training, "_train", stopping)
 
 
 # Stopping and going on
@@ -112,81 +63,6 @@ def test_a_stopped_pretraining_goes_on_as_if_nothing_had_been(
     assert_same(tmp_path / "whole", tmp_path / "parts")
     assert trained.summary["steps"] == 6
     assert trained.summary["skipped_steps"] == 0
-
-
-MASKED: dict[str, Any] = {
-    "objective": {"name": "mae", "decoder": {"width": 16, "depth": 1, "heads": 2}, "head_warmup": "2 steps"},
-    "views": {"name": "masked_crop", "dihedral": True},
-}
-
-
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_stopped_mae_goes_on_and_shows_what_it_rebuilds(
-    tmp_path: Path, pretraining: Make, micro_batches: int
-) -> None:
-    explora.pretrain(pretraining(tmp_path / "whole", **MASKED, micro_batches=micro_batches))
-    config = pretraining(tmp_path / "parts", **MASKED, micro_batches=micro_batches)
-    for index in (1, 3, 5):
-        stopped_at(index, explora.pretrain, config)
-    explora.pretrain(config)
-    assert_same(tmp_path / "whole", tmp_path / "parts")
-    pictures = np.load(tmp_path / "parts" / "pictures.npz")
-    assert {name: (pictures[name].shape[1:], pictures[name].dtype) for name in pictures} == dict.fromkeys(
-        ("original", "masked", "reconstruction", "blind"), ((32, 32, 3), np.uint8)
-    )
-    visible = (pictures["original"] == pictures["reconstruction"]).all(-1).mean()
-    assert 0.2 < visible < 0.5  # a quarter is given, the rest is guessed
-
-
-@pytest.mark.parametrize(("seen", "best_step"), [((40, 50, 60, 60), 4), ((40, 30, 20, 40), 0)])
-def test_the_monitor_keeps_the_best_backbone(
-    tmp_path: Path, pretraining: Make, monkeypatch: pytest.MonkeyPatch, seen: tuple[float, ...], best_step: int
-) -> None:
-    kept = {}
-    looks = iter(seen)  # at steps 0, 2, 4 and 6
-
-    def measure(_: Monitor, vit: ViT, *__: str) -> dict[str, float]:
-        kept[len(kept) * 2] = {name: tensor.clone() for name, tensor in vit.state_dict().items() if "lora" not in name}
-        return {"rankme": 1.0, "knn": float(next(looks))}
-
-    monkeypatch.setattr(Monitor, "measure", measure)
-    adapt = {"name": "explora", "targets": []}
-    trained = explora.pretrain(pretraining(tmp_path / "run", adapt=adapt, monitor={"every": "2 steps"}))
-    assert (trained.summary["knn_floor"], trained.summary["knn_best"]) == (40, max(seen))
-    assert (trained.summary["knn_best_step"], trained.summary["knn_last"]) == (best_step, seen[-1])
-    best = tmp_path / "run" / "best" / "backbone.safetensors"
-    assert best.exists() == (best_step > 0)
-    if best_step:
-        torch.testing.assert_close(dict(load_backbone(best).state_dict()), kept[best_step])
-
-
-def test_a_new_patch_embedding_must_learn(tmp_path: Path, pretraining: Make) -> None:
-    source = explora.pretrain(pretraining(tmp_path / "source"))
-    model = {"weights": str(source.backbone), "channel_groups": [[0], [1, 2]]}
-    config = pretraining(tmp_path / "run", **MASKED, model=model)
-    with pytest.raises(ConfigError, match=r"adapt\.patch_embed: .* patch_embed\.0\.proj\.weight .* set it to true"):
-        explora.pretrain(config)
-    assert not (tmp_path / "run").exists()
-    explora.pretrain({**config, "adapt": {"name": "explora", "rank": 4, "patch_embed": True}})
-    again = load_backbone(tmp_path / "run" / "backbone.safetensors")
-    assert again.channel_groups == ((0,), (1, 2))
-
-
-def test_what_a_backbone_learnt_from_is_what_it_expects(tmp_path: Path, pretraining: Make) -> None:
-    views = {**PRETRAIN["views"], "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}
-    trained = explora.pretrain(pretraining(tmp_path / "run", views=views))
-    vit = load_backbone(trained.backbone)
-    assert (vit.mean, vit.std) == ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1))
-    assert fit_views(Center(), vit).mean == (0.1, 0.2, 0.3)
-
-
-def test_views_and_objective_follow_each_other(tmp_path: Path, pretraining: Make) -> None:
-    section = load(PretrainSection, {"objective": {"name": "mae"}})
-    assert section.views.name == "masked_crop"
-    assert load(PretrainSection, {"views": {"local_crops": 4}}).objective.name == "dinov2"
-    with pytest.raises(ConfigError, match="objective 'mae' learns from the views 'masked_crop'"):
-        explora.pretrain(pretraining(tmp_path / "run", **{**MASKED, "views": {"name": "multicrop"}}))
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_stopped_finetuning_goes_on_as_if_nothing_had_been(tmp_path: Path, finetuning: Make) -> None:
