@@ -173,9 +173,9 @@ def test_agreement_entropy_and_prototype_use_are_counted():
     for part, target in zip(parts, targets, strict=True):
         tokens = made.student.backbone([part["global"].flatten(0, 1)], [part["mask"].flatten(0, 1)])[0]
         chosen = made.student.dino_head(tokens.cls_BD).argmax(1)
-        agreed += int((chosen == target.cls.flatten(0, 1).argmax(1)).sum())
-        seen |= set(target.cls.flatten(0, 1).argmax(1).tolist())
-        entropies += [-sum(p * math.log(p) for p in row if p > 0) for row in target.cls.flatten(0, 1).tolist()]
+        agreed += int((chosen == target.cls().argmax(1)).sum())
+        seen |= set(target.cls().argmax(1).tolist())
+        entropies += [-sum(p * math.log(p) for p in row if p > 0) for row in target.cls().tolist()]
     _, totals = run(made, parts, at(4))
     assert totals["agreement"] == pytest.approx(agreed / 12)
     assert totals["target_entropy"] == pytest.approx(sum(entropies) / 12, rel=1e-5)

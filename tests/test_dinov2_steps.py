@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_dinov2 import assert_same, at, double, gradients_of, objective, run, split, views
+from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from explora.adapt import ExPLoRA
 from explora.engine.optim import OptimConfig, Optimizer
@@ -39,6 +41,38 @@ def test_in_fp64_only_rounding_is_left_between_them(sizes, centering):
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float64}
     assert_same(gradients, expected, 1e-10)
     assert totals == pytest.approx(whole, rel=1e-10)
+
+
+class LargestRows(TorchDispatchMode):
+    """The most rows of K numbers that any tensor had which came into being."""
+
+    def __init__(self, prototypes: int) -> None:
+        super().__init__()
+        self.prototypes, self.rows = prototypes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(tensor, Tensor) and self.prototypes in tensor.shape:
+                self.rows = max(self.rows, tensor.numel() // self.prototypes)
+        return made
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
+@pytest.mark.parametrize("sizes", [[2, 2, 2, 2], [4, 3, 1]])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_no_more_rows_of_prototypes_are_there_than_one_micro_batch_has(centering, sizes, hidden):
+    made = objective(batch=8, centering=centering, head={"prototypes": 97, "bottleneck": 3}, **EVERYTHING)
+    batch = views(images=8, local=3 * hidden)
+    batch["mask"] &= hidden
+    parts = split(batch, sizes)
+    rows = [
+        (2 * size, (2 + 3 * hidden) * size, int(part["mask"].sum())) for size, part in zip(sizes, parts, strict=True)
+    ]
+    classes, _, patches = map(sum, zip(*rows, strict=True))
+    with LargestRows(97) as largest:
+        run(made, parts, at(4))
+    assert largest.rows == max(map(max, rows)) < max(classes, patches)
 
 
 def test_one_micro_batch_takes_one_pass_of_the_student():
@@ -122,7 +156,7 @@ def test_softmax_centres_move_only_after_the_step():
     made, batch = objective(centering="softmax", center_momentum=0.8), views()
     tokens = made.teacher.backbone([batch["global"].flatten(0, 1)])[0]
     cls = made.teacher.dino_head(tokens.cls_BD).mean(0)
-    patches = made.teacher.patch_logits(tokens.patches_BND[batch["mask"].flatten(0, 1)]).mean(0)
+    patches = made.teacher.patch_head(tokens.patches_BND[batch["mask"].flatten(0, 1)]).mean(0)
     made.cls_center.fill_(1.0)
     for _ in range(2):  # the first of these steps is skipped
         made.targets(split(batch, [2, 4]), at(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from explora.objectives import losses
+from explora.objectives import centring, losses
 from explora.objectives.health import agreement, entropy
 from explora.objectives.koleo import koleo
 
@@ -43,6 +44,18 @@ def in_logarithms(logits_NK: Tensor, temperature: float, iterations: int = 3) ->
     return (s + u + v).exp()
 
 
+def sinkhorn(logits_NK: Tensor, temperature: float, iterations: int = 3, sizes: Sequence[int] | None = None) -> Tensor:
+    """Ours, of rows in parts of these sizes."""
+    parts = [part.clone for part in logits_NK.split(list(sizes or [len(logits_NK)]))]
+    shift = centring.sinkhorn(parts, temperature, iterations)
+    return torch.cat([centring.targets(part, temperature, shift) for part in parts])
+
+
+def mean_logits(points: Tensor, otherwise: Tensor) -> Tensor:
+    """Ours, of logits that are their own points."""
+    return centring.mean_logits([points], torch.eye(points.shape[1]), otherwise)
+
+
 # Sinkhorn
 
 
@@ -52,11 +65,11 @@ def in_logarithms(logits_NK: Tensor, temperature: float, iterations: int = 3) ->
 def test_sinkhorn_is_the_textbook_form(shape, iterations, temperature):
     logits = torch.rand(shape) * 2 - 1  # cosines
     expected = textbook(logits, temperature, iterations)
-    targets = losses.sinkhorn(logits, temperature, iterations)
+    targets = sinkhorn(logits, temperature, iterations)
     assert targets.dtype == torch.float32
     assert_close(targets.double(), expected, atol=1e-6, rtol=0)
     assert_close(in_logarithms(logits, temperature, iterations), expected)
-    assert_close(losses.sinkhorn(logits.bfloat16(), temperature).sum(1), torch.ones(shape[0]))
+    assert_close(sinkhorn(logits.bfloat16(), temperature).sum(1), torch.ones(shape[0]))
 
 
 @pytest.mark.parametrize("scale", [1, 4, 10, 100, 1000])
@@ -66,7 +79,7 @@ def test_sinkhorn_stays_exact_where_the_exponential_overflows(scale):
     if scale >= 10:
         overflown = torch.exp(logits / 0.04)
         assert not torch.isfinite(overflown / overflown.sum()).all()
-    targets = losses.sinkhorn(logits, 0.04)
+    targets = sinkhorn(logits, 0.04)
     assert torch.isfinite(targets).all()
     assert_close(targets.sum(1), torch.ones(64), atol=1e-5, rtol=0)
     # An fp32 logit of 1000 at temperature 0.04 is known to 1e-3 of its probability.
@@ -74,7 +87,7 @@ def test_sinkhorn_stays_exact_where_the_exponential_overflows(scale):
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("loss", [lambda x: losses.sinkhorn(x, 0.04), lambda x: losses.batch_center(x, x[0]), koleo])
+@pytest.mark.parametrize("loss", [lambda x: sinkhorn(x, 0.04), lambda x: mean_logits(x, x[0]), koleo])
 def test_autocast_lowers_no_precision(loss):
     logits = torch.randn(32, 64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -82,8 +95,37 @@ def test_autocast_lowers_no_precision(loss):
     assert_close(lowered, loss(logits), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("sizes", [[16, 16], [1] * 32, [20, 0, 12], [0, 32]])
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+@pytest.mark.parametrize("scale", [1, 100])
+def test_sinkhorn_in_parts_is_that_of_the_whole(sizes, iterations, scale):
+    logits = (torch.rand(32, 64) * 2 - 1) * scale
+    parts = sinkhorn(logits, 0.05, iterations, sizes)
+    assert_close(parts, sinkhorn(logits, 0.05, iterations), atol=1e-6 * scale, rtol=0)
+    expected = in_logarithms(logits, 0.05, iterations) if scale > 1 else textbook(logits, 0.05, iterations)
+    assert_close(parts.double(), expected, atol=2e-6 * scale, rtol=0)
+    wide = sinkhorn(logits.double(), 0.05, iterations, sizes)
+    assert_close(wide, expected, atol=1e-11, rtol=0)
+
+
+def test_rows_are_made_anew_in_each_pass_unless_there_is_one_part():
+    logits, made = torch.rand(6, 4), []
+
+    def rows() -> Tensor:
+        made.append(1)
+        return logits
+
+    centring.sinkhorn([rows], 0.05)
+    assert len(made) == 2  # the first sums, the kernel
+    centring.sinkhorn([rows, rows], 0.05)
+    assert len(made) == 2 + 3 * 2
+    once = centring.kept(rows, keep=True)
+    assert once() is once()
+    assert len(made) == 2 + 3 * 2 + 1
+
+
 def test_sinkhorn_uses_all_prototypes_alike():
-    targets = losses.sinkhorn(torch.rand(512, 16) + torch.linspace(0, 1, 16), 0.07, iterations=30)
+    targets = sinkhorn(torch.rand(512, 16) + torch.linspace(0, 1, 16), 0.07, iterations=30)
     assert_close(targets.mean(0), torch.full((16,), 1 / 16), rtol=1e-3, atol=0)
 
 
@@ -93,9 +135,12 @@ def test_sinkhorn_uses_all_prototypes_alike():
 def test_centred_softmax():
     logits, center = torch.randn(5, 7), torch.randn(7)
     exps = torch.exp((logits.double() - center.double()) / 0.05)
-    assert_close(losses.centred_softmax(logits, center, 0.05).double(), exps / exps.sum(1, keepdim=True), **CLOSE)
-    assert_close(losses.batch_center(logits, center), logits.mean(0))
-    assert torch.equal(losses.batch_center(logits[:0], center), center)
+    targets = centring.targets(logits.clone, 0.05, center / 0.05)
+    assert_close(targets.double(), exps / exps.sum(1, keepdim=True), **CLOSE)
+    assert_close(mean_logits(logits, center), logits.mean(0))
+    points, prototypes = [torch.randn(n, 3) for n in (4, 0, 5)], torch.randn(7, 3)
+    assert_close(centring.mean_logits(points, prototypes, center), (torch.cat(points) @ prototypes.T).mean(0))
+    assert torch.equal(mean_logits(logits[:0], center), center)
 
 
 def test_cross_entropy_is_torchs():
@@ -151,7 +196,7 @@ def naive_sinkhorn(logits_NK: Tensor, temperature: float) -> Tensor:
 
 def test_the_gradient_through_targets_and_scores_is_the_naive_one():
     teacher, scores = torch.rand(9, 6).double(), torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
-    targets = losses.sinkhorn(teacher, 0.05)
+    targets = sinkhorn(teacher, 0.05)
     assert targets.dtype == torch.float64
     ours = losses.cross_entropy(targets, losses.student_log_probabilities(scores, 0.1)).mean()
     naive = -sum(

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from test_losses import mean_logits, sinkhorn
 from tiny_dinov2 import Batch, assert_same, at, double, gradients_of, naive_koleo, objective, split, views
 from torch import Tensor
 from torch.testing import assert_close
 
 from explora.distributed import all_reduce_sum, gather_counts, gather_rows, rank, size
 from explora.engine.optim import OptimConfig, Optimizer
-from explora.objectives import Objective, losses
+from explora.objectives import Objective
 from explora.objectives.koleo import koleo_of_ranks
 from explora.schedules import Progress
 
@@ -131,12 +132,12 @@ def losses_of_ranks() -> dict[str, Any]:
         "world": [size(), rank()],
         "counts": counts,
         "gathered": gather_rows(mine, counts),
-        "sinkhorn": losses.sinkhorn(mine, 0.04),
-        "center": losses.batch_center(mine, torch.zeros(48)),
-        "sinkhorn_one_sided": losses.sinkhorn(none, 0.04),
-        "center_one_sided": losses.batch_center(none, torch.zeros(48)),
-        "sinkhorn_nothing": losses.sinkhorn(mine[:0], 0.04),
-        "center_nothing": losses.batch_center(mine[:0], torch.ones(48)),
+        "sinkhorn": sinkhorn(mine, 0.04),
+        "center": mean_logits(mine, torch.zeros(48)),
+        "sinkhorn_one_sided": sinkhorn(none, 0.04),
+        "center_one_sided": mean_logits(none, torch.zeros(48)),
+        "sinkhorn_nothing": sinkhorn(mine[:0], 0.04),
+        "center_nothing": mean_logits(mine[:0], torch.ones(48)),
         "koleo": spread.detach(),
         "koleo_gradient": torch.autograd.grad(spread, features)[0],
     }
@@ -172,7 +173,7 @@ def test_losses_see_the_rows_of_all_ranks(ranks: list[dict[str, Any]]) -> None:
         assert_close(each["center_one_sided"], whole.mean(0))
         assert torch.equal(each["center_nothing"], torch.ones(48))
         assert each["sinkhorn_nothing"].shape == (0, 48)
-    expected = losses.sinkhorn(whole, 0.04)
+    expected = sinkhorn(whole, 0.04)
     for name in ("sinkhorn", "sinkhorn_one_sided"):
         assert_close(torch.cat([first[name], second[name]]), expected, atol=1e-6, rtol=0)
     assert len(first["sinkhorn_one_sided"]) == 0

@@ -119,7 +119,7 @@ def naive(made: DINOv2, batch: Batch, temperature: float) -> dict[str, Tensor]:
         classes = torch.cat([made.teacher.dino_head(part.cls_BD) for part in taught])
         hidden = torch.cat([part.patches_BND[hide] for part, hide in zip(taught, mask, strict=True)])
         cls_targets = _centred(made, classes, temperature).chunk(2)
-        patch_targets = iter(_centred(made, made.teacher.patch_logits(hidden), temperature))
+        patch_targets = iter(_centred(made, made.teacher.patch_head(hidden), temperature))
     seen = [student.backbone([crops], [hide])[0] for crops, hide in zip(batch["global"], mask, strict=True)]
     patches = [part.patches_BND for part in seen]
     classes = [part.cls_BD for part in seen] + [_local(made, crops) for crops in batch["local"]]
@@ -133,7 +133,7 @@ def naive(made: DINOv2, batch: Batch, temperature: float) -> dict[str, Tensor]:
     for view, hides in enumerate(mask):
         for image, hide in enumerate(hides):
             for place in hide.nonzero():
-                value = _cross_entropy(next(patch_targets), student.patch_logits(patches[view][image, place]))
+                value = _cross_entropy(next(patch_targets), student.patch_head(patches[view][image, place]))
                 parts["ibot"] = parts["ibot"] + value.sum() / int(hide.sum()) / mask[..., 0].numel()
     parts["koleo"] = naive_koleo(classes[0]) + naive_koleo(classes[1])
     config = made.config

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from explora.distributed import gather_counts, rank
 from explora.models import Tokens, ViT
-from explora.objectives import koleo, losses
+from explora.objectives import centring, koleo, losses
 from explora.objectives.base import Batch, Objective, StepOutput
 from explora.objectives.dinov2_config import DINOv2Config, HeadConfig
 from explora.objectives.gram import gram_loss
+from explora.objectives.heads import DINOHead
 from explora.objectives.health import PrototypeUse, agreement, entropy
 from explora.objectives.student import Student, over_frozen
 from explora.schedules import Progress, cosine, linear
@@ -25,9 +28,9 @@ __all__ = ["DINOv2", "DINOv2Config", "HeadConfig", "Target"]
 class Target(NamedTuple):
     """What the teacher says to one micro-batch of B images."""
 
-    cls: Tensor
-    """(2, B, K): the target that each student crop meets, so the other crop's."""
-    patches: Tensor
+    cls: centring.Rows
+    """(2 B, K): the target that each student crop meets, so the other crop's."""
+    patches: centring.Rows
     """(M, K): one row a masked patch."""
     masked: Tensor
     """(M,): where these patches are among all 2 B N of the micro-batch."""
@@ -116,28 +119,26 @@ class DINOv2(Objective):
 
     @torch.no_grad()
     def targets(self, micro_batches: Sequence[Batch], progress: Progress) -> list[Target]:
-        """Teacher logits of all micro-batches of all ranks, centred together."""
+        """What the teacher says to each micro-batch, centred over those of all ranks."""
         images = [batch["global"].shape[1] for batch in micro_batches]
         # The only two that wait for a GPU, here, where it has nothing queued yet.
         counts = gather_counts(sum(images), micro_batches[0]["global"].device)
         masked = [batch["mask"].flatten().nonzero().squeeze(1) for batch in micro_batches]
 
         taught = [self._teach(batch, places) for batch, places in zip(micro_batches, masked, strict=True)]
-        cls_logits, patch_logits = zip(*taught, strict=True)
+        cls_points, patch_points = zip(*taught, strict=True)
         temperature = linear(*self.config.teacher_temperature, progress.over(self.config.temperature_warmup))
         self._moves.clear()
-        cls = self._centre(torch.cat(cls_logits), self.cls_center, temperature)
-        patches = self._centre(torch.cat(patch_logits), self.patch_center, temperature)
-        self._use.observe(cls, 2 * sum(counts))
+        cls = self._centre(self.teacher.dino_head, cls_points, self.cls_center, temperature)
+        patches = self._centre(self.teacher.patch_head, patch_points, self.patch_center, temperature)
+        self._use.observe((part() for part in cls), 2 * sum(counts))
 
-        cls_parts = [part.unflatten(0, (2, -1)).flip(0) for part in cls.split([2 * count for count in images])]
-        patch_parts = patches.split([len(places) for places in masked])
         seeds = [seed + rank() for seed in torch.randint(2**62, (len(micro_batches),)).tolist()]
         koleos = self._koleos(micro_batches, counts, seeds, progress)
         return [
             Target(cls_part, patch_part, places, cached, counts, count / sum(counts), seed)
             for cls_part, patch_part, places, cached, count, seed in zip(
-                cls_parts, patch_parts, masked, koleos, images, seeds, strict=True
+                cls, patches, masked, koleos, images, seeds, strict=True
             )
         ]
 
@@ -149,9 +150,9 @@ class DINOv2(Objective):
         logits = self.student.dino_head(torch.cat(views))
         logp = losses.student_log_probabilities(logits, config.student_temperature)
         pairs = 2 + 2 * (len(logp) - 2)
-        dino_global = losses.cross_entropy(target.cls, logp[:2]).mean(1).sum() / pairs
-        both = target.cls.sum(0, keepdim=True)
-        dino_local = losses.cross_entropy(both, logp[2:]).mean(1).sum() / pairs
+        cls = target.cls().unflatten(0, (2, -1))
+        dino_global = losses.cross_entropy(cls, logp[:2]).mean(1).sum() / pairs
+        dino_local = losses.cross_entropy(cls.sum(0, keepdim=True), logp[2:]).mean(1).sum() / pairs
         ibot = self._ibot(tokens[0].patches_BND, batch["mask"].flatten(0, 1), target)
         spread = self._koleo(views[0], target)
         parts = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot / 2, "koleo": spread / 2}
@@ -160,8 +161,8 @@ class DINOv2(Objective):
         if self.anchor is not None:
             parts["gram"] = self._gram(self.anchor, batch, tokens[0].patches_BND)
             loss = loss + config.gram_weight * parts["gram"]
-        parts["agreement"] = agreement(logp[:2], target.cls)
-        parts["target_entropy"] = entropy(target.cls)
+        parts["agreement"] = agreement(logp[:2], cls)
+        parts["target_entropy"] = entropy(cls)
         parts["loss_over_lnk"] = (dino_global + dino_local) / math.log(self.prototypes)
         return StepOutput(loss * target.share, {name: part.detach() * target.share for name, part in parts.items()})
 
@@ -175,10 +176,11 @@ class DINOv2(Objective):
         torch._foreach_lerp_(list(teachers), list(students), 1 - momentum)
 
     def _teach(self, batch: Batch, masked_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher logits: (2 B, K) of the class tokens, (M, K) of the masked patches."""
+        """Where the teacher's heads put class tokens, each crop's in the other's place, and masked patches."""
         tokens = self.teacher.backbone([batch["global"].flatten(0, 1)])[0]
+        other_cls = tokens.cls_BD.unflatten(0, (2, -1)).flip(0).flatten(0, 1)
         patches = tokens.patches_BND.flatten(0, 1).index_select(0, masked_M)
-        return self.teacher.dino_head(tokens.cls_BD), self.teacher.patch_logits(patches)
+        return self.teacher.dino_head.points(other_cls), self.teacher.patch_head.points(patches)
 
     def _study(self, batch: Batch, seed: int, progress: Progress, *, local: bool = True) -> list[Tokens]:
         torch.manual_seed(seed)
@@ -186,22 +188,29 @@ class DINOv2(Objective):
         with torch.set_grad_enabled(learns):
             return self.student.encode(batch, local=local)
 
-    def _centre(self, logits: Tensor, center: Tensor, temperature: float) -> Tensor:
-        """Targets from logits. Without a single row, too, a rank takes part in what all ranks compute."""
+    def _centre(
+        self, head: DINOHead, points: Sequence[Tensor], center: Tensor, temperature: float
+    ) -> list[centring.Rows]:
+        """Targets of each micro-batch; where it is not the only one, what is kept of its rows is their points."""
+        alone = len(points) == 1
+        prototypes = head.last_layer.directions
+        logits = [centring.kept(partial(F.linear, part, prototypes), alone) for part in points]
         if self.config.centering == "sinkhorn":
-            return losses.sinkhorn(logits, temperature)
-        self._moves.append((center, losses.batch_center(logits, center)))
-        return losses.centred_softmax(logits, center, temperature)
+            shift = centring.sinkhorn(logits, temperature)
+        else:
+            self._moves.append((center, centring.mean_logits(points, prototypes, center)))
+            shift = center / temperature
+        return [centring.kept(partial(centring.targets, part, temperature, shift), alone) for part in logits]
 
     def _ibot(self, patches_BND: Tensor, mask_BN: Tensor, target: Target) -> Tensor:
         """Sum over masked patches of cross-entropy / masked patches of that image, over all global crops.
 
         Without any it is 0, with gradients of 0, so that the same parameters learn on every rank.
         """
-        logits = self.student.patch_logits(patches_BND.flatten(0, 1).index_select(0, target.masked))
+        logits = self.student.patch_head(patches_BND.flatten(0, 1).index_select(0, target.masked))
         logp = losses.student_log_probabilities(logits, self.config.student_temperature)
         weights = (1 / mask_BN.sum(1).clamp_min(1))[target.masked // mask_BN.shape[1]]
-        return (losses.cross_entropy(target.patches, logp) * weights).sum() / len(mask_BN)
+        return (losses.cross_entropy(target.patches(), logp) * weights).sum() / len(mask_BN)
 
     def _gram(self, anchor: ViT, batch: Batch, patches_BND: Tensor) -> Tensor:
         """All patch tokens of the student's crops, masked ones too (as DINOv3), against the unmasked anchor's."""

@@ -19,8 +19,13 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1))
         self.weight_v = nn.Parameter(nn.Linear(width, prototypes, bias=False).weight.detach().clone())
 
+    @property
+    def directions(self) -> Tensor:
+        """(K, width)."""
+        return self.weight_g * F.normalize(self.weight_v, dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+        return F.linear(x, self.directions)
 
 
 class DINOHead(nn.Module):
@@ -41,5 +46,9 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential(*modules[:-1])
         self.last_layer = Prototypes(bottleneck, prototypes)
 
+    def points(self, x: Tensor) -> Tensor:
+        """(..., bottleneck) on the unit sphere, in fp32 or wider; their logits are one product away."""
+        return F.normalize(widen(self.mlp(x)), dim=-1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(widen(self.mlp(x)), dim=-1))
+        return self.last_layer(self.points(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,10 @@ class PrototypeUse:
         self._rows = 0
 
     @torch.no_grad()
-    def observe(self, targets_NK: Tensor, rows: int) -> None:
-        """Take in a step's targets on this rank, of `rows` on all of them. Every rank must call this."""
-        used_K = targets_NK.new_zeros(targets_NK.shape[1]).index_fill_(0, targets_NK.argmax(1), 1)
-        self._used_K, self._rows = all_reduce_max(used_K), rows
+    def observe(self, targets: Iterable[Tensor], rows: int) -> None:
+        """Take in a step's targets (N, K) on this rank, of `rows` on all of them. Every rank must call this."""
+        used = [part.new_zeros(part.shape[1]).index_fill_(0, part.argmax(1), 1) for part in targets]
+        self._used_K, self._rows = all_reduce_max(torch.stack(used).amax(0)), rows
 
     def value(self) -> float | None:
         """Distinct prototypes / the most there could be, min(K, rows); None before the first step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from explora.models import Tokens, ViT
 from explora.objectives.base import Batch
@@ -38,9 +38,10 @@ class Student(nn.Module):
             return self.backbone([crops], [mask])
         return self.backbone([crops, batch["local"].flatten(0, 1)], [mask, None], [None, self.local_norm])
 
-    def patch_logits(self, patches_MD: Tensor) -> Tensor:
-        """Logits (M, K) of patch tokens."""
-        return (self.dino_head if self.ibot_head is None else self.ibot_head)(patches_MD)
+    @property
+    def patch_head(self) -> DINOHead:
+        """The head for patch tokens, often that for class tokens."""
+        return self.dino_head if self.ibot_head is None else self.ibot_head
 
 
 def over_frozen(module: M) -> M:
