@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import load
 from torch import Tensor
+
+from explora.models import Loaded, ViT
 
 KEYS = Path(os.environ.get("EXPLORA_SHARED", "../shared")) / "reference/checkpoint_keys.json"
 NEEDS_KEYS = pytest.mark.skipif(not KEYS.exists(), reason="EXPLORA_SHARED has no checkpoint_keys.json here")
 TABLES: dict[str, dict[str, list[int]]] = json.loads(KEYS.read_text()) if KEYS.exists() else {}
 META: dict[str, dict[str, Any]] = TABLES.pop("format", {}).get("meta", {})  # type: ignore[assignment]
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SATELLITES = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
 
 
 def named(*kinds: str) -> list[str]:
@@ -45,6 +51,20 @@ def file_of(name: str, tensors: dict[str, Tensor], path: Path) -> Path:
     wrapper = META[name]["wrapper"]
     torch.save(tensors if wrapper is None else {wrapper: tensors}, path)
     return path
+
+
+def load_shapes(path: Path, **config: Any) -> Loaded:
+    """A model without values, which takes no memory."""
+    with torch.device("meta"):
+        return load(path, **config)
+
+
+def doubt(vit: ViT) -> str:
+    """The note where nothing tells mean and std."""
+    return (
+        "the weights do not say which mean and std their images had; those of timm's "
+        f"{vit.name} are taken unless model.name says another"
+    )
 
 
 def _values(key: str, shape: list[int], generator: torch.Generator) -> Tensor:

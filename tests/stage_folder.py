@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,13 @@ def trained(vit: ViT, method: Method) -> tuple[ViT, list[str]]:
     return vit, learnt
 
 
-def stage(folder: Path, source: ViT, method: Method, **config: Any) -> ViT:
-    """Leave what a finished `explora pretrain` leaves, and the source beside it; returns the merged backbone."""
+def stage(folder: Path, source: ViT, method: Method, *, summary: Mapping[str, Any] | None = None, **config: Any) -> ViT:
+    """Leave what a finished `explora pretrain` leaves, and the source beside it; returns the merged backbone.
+
+    Args:
+        summary: what summary.json holds beside the usual.
+        config: what differs in the recorded config.
+    """
     folder.mkdir(parents=True)
     save_backbone(folder.parent / "source.safetensors", source)
     vit, learnt = trained(source, method)
@@ -75,7 +81,8 @@ def stage(folder: Path, source: ViT, method: Method, **config: Any) -> ViT:
         **config,
     }
     (folder / "config.yaml").write_text(json.dumps(recorded))
-    (folder / "summary.json").write_text(json.dumps({"stage": "pretrain", "steps": 6, "trained_parameters": 1234}))
+    usual = {"stage": "pretrain", "steps": 6, "trained_parameters": 1234}
+    (folder / "summary.json").write_text(json.dumps({**usual, **(summary or {})}))
     (folder / "environment.json").write_text(json.dumps({"versions": {"explora": "0.1.0"}}))
     return vit.eval()
 

@@ -127,14 +127,14 @@ def test_wrong_settings_are_refused(wrong):
 
 @pytest.mark.parametrize("method", [LoRA(rank=2, alpha=33), ExPLoRA(rank=1, alpha=64, targets=("fc1",))])
 def test_an_absurd_scale_is_refused(method):
-    with pytest.raises(ConfigError, match=r"alpha / rank is (16\.5|64), and above 16"):
+    with pytest.raises(ConfigError, match=r"^adapt: alpha / rank is (16\.5|64), and above 16"):
         adapt(tiny(), method)
     adapt(tiny(), LoRA(rank=2, alpha=32))
 
 
 @pytest.mark.parametrize(("rank", "target"), [(32, "q"), (33, "proj"), (64, "fc1"), (32, "fc2")])
 def test_a_rank_that_is_not_low_is_refused(rank, target):
-    with pytest.raises(ConfigError, match=rf"rank {rank} .* is 32 wide"):
+    with pytest.raises(ConfigError, match=rf"^adapt: rank {rank} .* is 32 wide"):
         adapt(tiny(), LoRA(rank=rank, targets=(target,)))
 
 

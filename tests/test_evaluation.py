@@ -310,5 +310,5 @@ def test_every_evaluator_is_picked_by_name():
     kinds = Evaluator.__subclasses__()
     plan = load(Plan, {"evaluators": [{"name": kind.model_fields["name"].default} for kind in kinds]})
     assert [type(evaluator) for evaluator in plan.evaluators] == kinds
-    with pytest.raises(ConfigError, match="stepz: no such key; did you mean 'steps'"):
+    with pytest.raises(ConfigError, match="stepz: no such key of 'linear'; did you mean 'steps'"):
         load(Plan, {"evaluators": [{"name": "linear", "stepz": 3}]})

@@ -233,7 +233,7 @@ def test_a_teacher_checkpoint_is_unwrapped_without_its_heads(weights, tmp_path):
     teacher["dino_head.mlp.0.weight"] = torch.ones(3, 32)
     torch.save({"teacher": teacher, "student": {}, "epoch": 3}, tmp_path / "teacher.pth")
     config = ModelConfig(name=NAME, options=TINY, weights=str(tmp_path / "teacher.pth"), image_size=32)
-    vit, account, _ = load_model(config)
+    vit, account, *_ = load_model(config)
     assert account is not None
     assert account.unused == ("dino_head.mlp.0.weight",)
     assert fingerprint(vit.state_dict()) == fingerprint(weights)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ import explora
 from explora.adapt import ExPLoRA
 from explora.errors import RunError, WeightsError
 from explora.models import ModelConfig, ViT, build, load_model, read_tensors
-from explora.models.export import save_backbone
+from explora.models.export import facts_of, save_backbone
 from explora.models.exports import FORMATS
 from explora.models.vit import timm
+from explora.models.weights import Source
 
 METHOD = ExPLoRA(rank=2, alpha=4, mask_token=True)
 FILES = {"timm": "model.safetensors", "huggingface": ".", "dinov2": "model.pth"}
@@ -39,9 +42,8 @@ def written(vit: ViT, format: str, out: Path) -> Path:
     return explora.export(out.parent / f"{out.name}.safetensors", out, format) / FILES[format]  # type: ignore[arg-type]
 
 
-def reread(path: Path, like: ViT) -> ViT:
-    config = ModelConfig(name=like.name, options=like.options, image_size=SIZE, weights=str(path))
-    return load_model(config).vit.eval()
+def reread(path: Path) -> ViT:
+    return load_model(ModelConfig(weights=str(path))).vit.eval()
 
 
 @pytest.mark.parametrize(("format", "kind"), [(f, k) for f in ("timm", "huggingface", "dinov2") for k in kinds(f)])
@@ -90,14 +92,18 @@ def test_transformers_misses_nothing_and_has_nothing_left(tmp_path: Path, kind: 
     assert_close(processor(pixels, return_tensors="pt")["pixel_values"][0], expected)
 
 
+UNLIKELY = {"registers": "official", "plain": "official"}
+"""How positions are resampled, where that is not `timm`: never as a reader would infer."""
 PAIRS = list(permutations(("own", "timm", "huggingface", "dinov2"), 2))
 
 
 @pytest.mark.parametrize(("first", "second", "kind"), [(*pair, kind) for pair in PAIRS for kind in kinds(*pair)])
 def test_round_trips_are_bit_equal(tmp_path: Path, kind: str, first: str, second: str) -> None:
-    vit = tiny(kind)
-    once = reread(written(vit, first, tmp_path / "once"), vit)
-    twice = reread(written(once, second, tmp_path / "twice"), vit)
+    vit = tiny(kind, positions=UNLIKELY.get(kind, "timm"))
+    vit.mean, vit.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.625)
+    vit.source = Source("mae", "uni.bin", "CC-BY-NC-ND-4.0", inferred=kind == "plain")
+    once = reread(written(vit, first, tmp_path / "once"))
+    twice = reread(written(once, second, tmp_path / "twice"))
     pair = (first, second)
     same(twice, vit, without_mask_token="timm" in pair or (kind == "plain" and "huggingface" in pair))
 
@@ -108,6 +114,77 @@ def same(found: ViT, expected: ViT, *, without_mask_token: bool) -> None:
         other = left.pop(name)
         assert torch.equal(other, tensor) or (without_mask_token and name == "mask_token"), name
     assert not left
+    assert facts_of(found) == facts_of(expected)
+    assert (found.mean, found.std, found.source) == (expected.mean, expected.std, expected.source)
+    assert heads(found) == heads(expected)
+
+
+def heads(vit: ViT) -> list[int]:
+    blocks: Any = vit.blocks
+    return [block.attn.num_heads for block in blocks]
+
+
+ODD: list[tuple[str, dict[str, Any], str]] = [
+    ("layerscale", {"norm_layer": "rmsnorm"}, r"needs blocks\.0\.norm1\.bias.*has LayerNorm.*RmsNorm"),
+    ("layerscale", {"proj_bias": False}, r"needs blocks\.0\.attn\.proj\.bias, blocks\.0\.mlp"),
+    ("layerscale", {"qkv_bias": False}, r"needs blocks\.0\.attn\.qkv\.bias"),
+    ("layerscale", {"final_norm": False}, r"needs norm\.weight, norm\.bias"),
+    ("layerscale", {"act_layer": "gelu_tanh"}, "has no MLP with GELUTanh"),
+    ("layerscale", {"qk_norm": True}, r"has no place for blocks\.0\.attn\.q_norm"),
+    ("plain", {"norm_layer": "rmsnorm"}, r"has LayerNorm where this model has RmsNorm"),
+    ("plain", {"proj_bias": False}, r"needs blocks\.0\.attn\.proj\.bias"),
+    ("plain", {"final_norm": False}, r"needs norm\.weight, norm\.bias"),
+    ("plain", {"class_token": False}, "needs cls_token"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "says"), ODD, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("format", ["huggingface", "dinov2"])
+def test_what_a_class_cannot_hold_is_refused(
+    tmp_path: Path, format: str, kind: str, options: dict[str, Any], says: str
+) -> None:
+    if format == "dinov2" and kind == "plain":
+        return
+    name, size = KINDS[kind]
+    vit = build(name, SIZE, {**size, **options}).eval()
+    with pytest.raises(WeightsError, match=rf"cannot be written as .*{says}"):
+        written(vit, format, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_timms_own_class_of_the_same_activation_is_held(tmp_path: Path) -> None:
+    name, size = KINDS["layerscale"]
+    vit = build(name, SIZE, {**size, "act_layer": "gelu"}).eval()
+    vit.source = Source("dinov2", "a.pth", "Apache-2.0", inferred=False)
+    same(reread(written(vit, "huggingface", tmp_path / "out")), vit, without_mask_token=False)
+
+
+def test_what_a_format_has_no_place_for_lies_beside(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    vit = tiny("layerscale")
+    vit.source = Source("dinov2", "a.pth", "CC-BY-NC-4.0", inferred=True)
+    facts = facts_of(vit)
+    assert facts["mean"] == list(vit.mean)
+    assert facts["source"] == {"format": "dinov2", "file": "a.pth", "licence": "CC-BY-NC-4.0", "inferred": True}
+    assert AutoConfig.from_pretrained(written(vit, "huggingface", tmp_path / "hf")).explora == facts
+    assert json.loads((written(vit, "dinov2", tmp_path / "dinov2").parent / "explora.json").read_text()) == facts
+    assert read_tensors(written(vit, "timm", tmp_path / "timm"))[1] == facts
+
+
+@pytest.mark.parametrize("format", ["timm", "huggingface", "dinov2"])
+def test_a_folder_of_others_can_be_exported(tmp_path: Path, format: str) -> None:
+    vit = tiny("layerscale")
+    vit.source = Source("dinov2", "a.pth", "Apache-2.0", inferred=False)
+    given = written(vit, format, tmp_path / "given")
+    given = given.parent if given.is_file() else given
+    out = explora.export(given, tmp_path / "out", "huggingface")
+    same(reread(out), vit, without_mask_token=format == "timm")
+    with pytest.raises(RunError, match="holds what was trained, not a backbone"):
+        explora.export(given, tmp_path / "new", "peft")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=r"no backbone\.safetensors here.*a folder with config\.json"):
+        explora.export(tmp_path / "empty", tmp_path / "new")
 
 
 def test_the_account_names_the_mask_token_that_timm_has_no_place_for(
@@ -157,6 +234,16 @@ def test_our_file_keeps_the_mask_token_and_says_everything(tmp_path: Path) -> No
 def test_every_format_is_offered(explora_command) -> None:
     answer = explora_command("export", "--help")
     assert all(name in answer.out for name in FORMATS)
+
+
+def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    save_backbone(tmp_path / "x.safetensors", tiny())
+    left = tmp_path / f".out.{os.getpid()}.tmp"
+    left.mkdir()
+    out = explora.export(tmp_path / "x.safetensors", tmp_path / "out")
+    (tmp_path / "made").mkdir()
+    assert out.stat().st_mode == (tmp_path / "made").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == [left.name, "made", "out", "x.safetensors"]
 
 
 def test_an_existing_folder_is_refused(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_weights_file_alone_has_no_adapter(tmp_path: Path) -> None:
     stage(tmp_path / "run", tiny(), LoRA(rank=2))
     for format in ("peft", "adapter"):
         with pytest.raises(RunError, match="holds what was trained, not a backbone"):
-            explora.export(tmp_path / "run" / "backbone.safetensors", tmp_path / "out", format)  # type: ignore[arg-type]
+            explora.export(tmp_path / "run" / "backbone.safetensors", tmp_path / "out", format)
 
 
 def test_the_adapter_format_is_the_file_itself(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import META, NEEDS_KEYS, checkpoint, file_of, named
+from checkpoints import IMAGENET, META, NEEDS_KEYS, SATELLITES, checkpoint, doubt, file_of, load_shapes, named
+from small_models import load
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from explora.errors import WeightsError
-from explora.models import Loaded, ModelConfig, Source, ViT, build, load_model
+from explora.models import Source, ViT, build
 from explora.models.formats import dinov2
 from explora.models.vit import timm
 from explora.objectives.heads import DINOHead
@@ -27,15 +28,6 @@ UNUSED = {
     "mae": r"head\.(weight|bias)",
 }
 pytestmark = NEEDS_KEYS
-
-
-def load(path: Path, **config: Any) -> Loaded:
-    return load_model(ModelConfig(weights=str(path), **config))
-
-
-def load_shapes(path: Path, **config: Any) -> Loaded:
-    with torch.device("meta"):
-        return load(path, **config)
 
 
 def state(vit: ViT) -> dict[str, Tensor]:
@@ -63,8 +55,14 @@ def test_every_checkpoint_is_inferred_and_loads_whole(name: str, tmp_path: Path)
     """By shapes alone, so that 7B takes no memory; the values of small ones are compared below."""
     meta, tensors = META[name], checkpoint(name, device="meta")
     assert sum(tensor.numel() for tensor in tensors.values()) == meta["params"]
-    vit, account, decoder = load_shapes(file_of(name, tensors, tmp_path / meta["file"].split("/")[-1].split()[0]))
+    file = tmp_path / meta["file"].split("/")[-1].split()[0]
+    vit, account, decoder, _ = load_shapes(file_of(name, tensors, file))
     assert account is not None
+    assert (vit.mean, vit.std) == (SATELLITES if "sat493m" in name else IMAGENET)
+    # Releases have one mean; what was trained with DINOv2's code may have been trained on anything.
+    assert account.notes == tuple(note for note in account.notes if note.startswith(("decoder: ", "fc_norm, "))) + (
+        (doubt(vit),) if meta["kind"] == "training_teacher" else ()
+    )
     missing = {"mask_token"} if meta["family"] == "mae" else set()
     assert set(account.missing) == missing
     assert account.total - account.loaded == len(missing) * vit.width
@@ -78,7 +76,7 @@ def test_every_checkpoint_is_inferred_and_loads_whole(name: str, tmp_path: Path)
     assert vit.image_size == meta.get("img", 256)
     official = meta["family"] == "dinov2" and not meta["registers"]
     assert vit.position_mode == ("official" if official else "timm")
-    assert vit.source == Source(meta["family"], vit.source.file, LICENCES[meta["family"]])
+    assert vit.source == Source(meta["family"], file.name, LICENCES[meta["family"]], inferred=True)
     count = sum("decoder" in key or key == "mask_token" for key in tensors) if meta["kind"] == "encoder_decoder" else 0
     assert len(decoder) == count
     assert account.loaded == meta["params"] - elsewhere(name, tensors)
@@ -98,7 +96,7 @@ def elsewhere(name: str, tensors: dict[str, Tensor]) -> int:
 @pytest.mark.parametrize("name", SMALL)
 def test_values_are_those_of_timms_own_conversion(name: str, tmp_path: Path) -> None:
     tensors = checkpoint(name, depth=99 if META[name]["dim"] == 384 else 3)
-    vit, account, decoder = load(file_of(name, tensors, tmp_path / "x.pth"))
+    vit, account, decoder, _ = load(file_of(name, tensors, tmp_path / "x.pth"))
     encoder = {key: tensor for key, tensor in tensors.items() if not re.match("decoder|head", key)}
     if META[name]["family"] == "mae":  # timm's conversion takes a decoder's mask token for DINOv2's
         expected = {key.replace("fc_norm", "norm"): encoder[key] for key in encoder if key != "mask_token"}
@@ -153,7 +151,7 @@ def test_every_wrapping_of_training_checkpoints(tmp_path: Path, wrapper: str, pr
     wrapped = {prefix + chunked(name, chunks): tensor for name, tensor in tensors.items()}
     wrapped["dino_head.last_layer.weight_g"] = torch.empty(5, 1, device="meta")
     torch.save(wrapped if wrapper is None else {wrapper: wrapped, "epoch": 3}, tmp_path / "x.pth")
-    vit, account, _ = load_shapes(tmp_path / "x.pth")
+    vit, account, *_ = load_shapes(tmp_path / "x.pth")
     assert account is not None
     assert (vit.name, account.loaded) == ("vit_small_patch14_reg4_dinov2", account.total)
     assert account.unused == ("dino_head.last_layer.weight_g",)
@@ -279,12 +277,24 @@ def test_tokens_are_those_of_timm(name: str, tmp_path: Path) -> None:
     assert_close(tokens.patches_BND, expected[:, vit.prefix_tokens :], atol=1e-4, rtol=1e-4)
 
 
-def test_positions_follow_the_checkpoint_unless_said_otherwise(tmp_path: Path) -> None:
-    for name, mode in ((S14, "official"), (REG, "timm")):
-        path = file_of(name, checkpoint(name, depth=1), tmp_path / f"{name}.pth")
-        assert load(path).vit.position_mode == mode
-        for asked in ("timm", "official"):
-            assert load(path, positions=asked).vit.position_mode == asked
+@torch.no_grad()
+def test_a_giant_gated_mlp_is_that_of_timm(tmp_path: Path) -> None:
+    """DINOv2 g in official names (w12, w3), its first block, against timm's conversion and forward pass."""
+    tensors = checkpoint(G14, depth=1)
+    vit, account, *_ = load(file_of(G14, tensors, tmp_path / "x.pth"))
+    theirs = timms(vit).eval()
+    expected = as_timm_converts(tensors, theirs)
+    found = state(vit)
+    assert account is not None
+    assert (account.loaded, account.missing, account.unused) == (account.total, (), ())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    theirs.load_state_dict(expected)
+    images = torch.randn(1, 3, vit.image_size, vit.image_size)
+    tokens = vit.eval()([images])[0]
+    reference = theirs.forward_features(images)
+    assert_close(tokens.cls_BD, reference[:, 0], atol=1e-4, rtol=1e-4)
+    assert_close(tokens.patches_BND, reference[:, 1:], atol=1e-4, rtol=1e-4)
 
 
 # DINOv2's own keys, written

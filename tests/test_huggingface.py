@@ -56,7 +56,7 @@ def test_hugging_face_folders_give_the_same_tokens(kind: str, place: str, tmp_pa
     if place == "pickle":
         torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
         (tmp_path / "model.safetensors").unlink()
-    vit, account, decoder = load(tmp_path)
+    vit, account, decoder, _ = load(tmp_path)
     assert account is not None
     assert account.missing == (() if "embeddings.mask_token" in model.state_dict() else ("mask_token",))
     assert {name.partition(".")[0] for name in account.unused} <= {"pooler"}
@@ -75,7 +75,7 @@ def test_hugging_face_heads_and_decoders_are_kept_apart(ending: str, tmp_path: P
     kind = "mae" if ending == "ForPreTraining" else "vit"
     model = theirs(kind, ending)
     model.save_pretrained(tmp_path)
-    whole, account, decoder = load(tmp_path)
+    whole, account, decoder, _ = load(tmp_path)
     assert account is not None
     assert set(account.unused) <= {"classifier.weight", "classifier.bias"}
     saved = load_file(tmp_path / "model.safetensors")
@@ -100,13 +100,55 @@ def check_decoder(decoder: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_single_file_needs_no_config(kind: str, tmp_path: Path) -> None:
+@torch.no_grad()
+def test_a_single_file_cannot_say_its_heads(kind: str, tmp_path: Path) -> None:
+    """It is read with a note, and whole once the config says them."""
     theirs(kind).save_pretrained(tmp_path)
+    beside = load(tmp_path / "model.safetensors")
+    assert "heads taken" not in str(beside.account)
     (tmp_path / "config.json").rename(tmp_path / "elsewhere.json")
-    whole = load(tmp_path / "model.safetensors").vit
+    whole, account, *_ = load(tmp_path / "model.safetensors")
     assert (whole.width, whole.depth) == (64, 2)
-    heads: Any = [block.attn.num_heads for block in whole.blocks]
-    assert heads == [1, 1]  # 64 / 64: what a file alone cannot say is taken to be as in every published model
+    assert "heads taken as width / 64, unless model.options.num_heads says another number" in str(account)
+    told = load(tmp_path / "model.safetensors", options={"num_heads": 2}).vit.eval()
+    images = torch.randn(1, 3, SIZE, SIZE)
+    assert_close(told([images])[0].cls_BD, beside.vit.eval()([images])[0].cls_BD)
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "mean", "std"),
+    [
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "do_normalize": False}, (0,) * 3, (1,) * 3),
+        ({}, (0.5,) * 3, (0.5,) * 3),
+    ],
+)
+@pytest.mark.parametrize("place", ["", "model.safetensors"])
+def test_mean_and_std_are_those_of_the_preprocessor(
+    preprocessor: dict[str, Any], mean: Any, std: Any, place: str, tmp_path: Path
+) -> None:
+    theirs("vit").save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    vit, account, *_ = load(tmp_path / place)
+    assert (vit.mean, vit.std) == (mean, std)
+    assert ("which mean and std" in str(account)) == (not preprocessor)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"image_mean": [1, 2, 3]}',
+        '{"image_mean": "a", "image_std": "b"}',
+        '{"image_mean": [1], "image_std": [0]}',
+    ],
+)
+def test_a_damaged_preprocessor_is_refused(text: str, tmp_path: Path) -> None:
+    theirs("vit").save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(WeightsError, match=r"preprocessor_config\.json: |image_mean and image_std are "):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

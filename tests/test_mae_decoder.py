@@ -148,8 +148,10 @@ def test_a_loaded_decoder_sets_its_own_shape() -> None:
         made(decoder=tensors, depth=3)
     with pytest.raises(ConfigError, match="width 24 must be a multiple of heads 16"):
         made(decoder=tensors, heads=16)
-    with pytest.raises(ConfigError, match="rank 24 of the low-rank terms"):
+    with pytest.raises(ConfigError, match=r"objective\.decoder: rank 24 of the low-rank terms: .* let the whole of it"):
         made(decoder=tensors, lora=24)
+    with pytest.raises(ConfigError, match=r"objective\.decoder: alpha / rank is 20, .* lower alpha to 2 or less"):
+        made(decoder=tensors, lora=2, alpha=40)
     fresh = made(heads=16).decoder
     assert (fresh.embed.out_features, len(fresh.blocks)) == (512, 8)
 
@@ -236,8 +238,24 @@ def test_channel_groups_from_end_to_end() -> None:
         assert all(picture.shape == (2, 10, 48, 48) for picture in shown.values())
     with pytest.raises(ConfigError, match=r"noise for 16 tokens, .* 3 x 4 x 4 .* leave views\.groups"):
         step(objective, {"image": torch.randn(1, 10, 32, 32), "noise": torch.rand(1, 16)})
-    missing = {name for name in objective.decoder.fresh if not name.startswith("pred.")}
-    assert missing == {"pos_embed", "channel_embed"}
+    layers = {f"pred.{group}.{kind}" for group in range(3) for kind in ("weight", "bias")}
+    assert set(objective.decoder.fresh) == layers  # positions are computed, not learnt
+
+
+@pytest.mark.parametrize("kind", ["fresh", "loaded", "sentinel"])
+def test_what_begins_anew_is_said_and_warms_up(kind: str) -> None:
+    tensors = tiny_decoder(width=32, patch=16, side=14, encoder=64)
+    if kind == "sentinel":
+        vit = build("vit_tiny_patch16_224", 32, {**TINY, "embed_dim": 64, "in_chans": 10}, channel_groups=SENTINEL)
+    else:
+        vit = build("vit_tiny_patch16_224", 32, {**TINY, "embed_dim": 64, "patch_size": 16})
+    objective = made(vit, None if kind == "fresh" else tensors, width=32, depth=2)
+    said = {"fresh": "a fresh decoder", "loaded": "", "sentinel": "the decoder's pred.* begin anew"}
+    assert objective.decoder.anew == said[kind]
+    backbone_moves = [objective.lr_scale("backbone", Progress(at, 100, 4, 400)) for at in (0, 9, 10)]
+    assert backbone_moves == ([1, 1, 1] if kind == "loaded" else [0, 0, 1])
+    step(objective, batch_of(2, vit), Progress(0, 100, 4, 400))
+    assert any(p.grad is not None for p in vit.parameters()) == (kind == "loaded")
 
 
 def test_bf16_autocast_with_a_real_backbone() -> None:
@@ -275,8 +293,12 @@ def test_loss_and_reconstruction_are_those_of_transformers(norm_pixels: bool, tm
     theirs = transformers.ViTMAEForPreTraining(config).eval()
     theirs.save_pretrained(tmp_path)
     loaded = load_model(ModelConfig(weights=str(tmp_path)))
-    settings = {"norm_pixels": norm_pixels, "decoder": {"heads": 2}}
-    objective = MAE(validate(MAEConfig, settings), loaded.vit, loaded.decoder)
+    settings = {"norm_pixels": norm_pixels}
+    with pytest.raises(ConfigError, match=r"decoder\.heads: 4, the loaded one has 2; leave it out"):
+        MAE(
+            validate(MAEConfig, {**settings, "decoder": {"heads": 4}}), loaded.vit, loaded.decoder, loaded.decoder_heads
+        )
+    objective = MAE(validate(MAEConfig, settings), loaded.vit, loaded.decoder, loaded.decoder_heads)
     assert objective.decoder.fresh == ()
     batch = batch_of(3, loaded.vit)
     with torch.no_grad():

@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 from explora.models import build
 from explora.models.positions import resample_positions, sincos, sincos_grid
-from explora.models.vit import resample_positions as as_before
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 GRIDS = [(4, 4), (2, 2), (3, 5), (7, 6), (9, 9), (1, 8)]
@@ -78,10 +77,6 @@ def test_half_precision_is_resampled_in_fp32():
         low = resample_positions(pos, (4, 4), (6, 5), 1, mode)
         assert low.dtype == torch.bfloat16
         assert_close(low, resample_positions(pos.float(), (4, 4), (6, 5), 1, mode).bfloat16())
-
-
-def test_the_old_door_stays_open():
-    assert as_before is resample_positions
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from small_models import NAME, SIZE, load, same, scatter, tiny
 from torch import Tensor
+from torch.testing import assert_close
 
 from explora.errors import WeightsError
 from explora.models import ViT, build
@@ -42,7 +43,7 @@ def test_an_explora_release_gives_its_merged_projections(objective: str, wrapped
     elif wrapped:
         tensors = {"model": tensors, "epoch": 3}
     torch.save(tensors, tmp_path / "explora.pth")
-    found, account, _ = load(tmp_path / "explora.pth", name=NAME, options=vit.options)
+    found, account, *_ = load(tmp_path / "explora.pth", name=NAME, options=vit.options)
     assert same(found, vit, *["mask_token"] * (objective == "mae"))
     assert account is not None
     assert sum("_proj." in name for name in account.unused) == 2 * 6
@@ -57,7 +58,11 @@ def test_an_explora_release_gives_its_merged_projections(objective: str, wrapped
             lambda t: t["blocks.1.attn.v_proj.weight"].add_(1e-3),
             r"blocks\.1\.attn\.v_proj\.weight differs from its third",
         ),
-        (lambda t: t.update({"blocks.1.attn.q_proj.lora_A": torch.ones(1)}), "still hold low-rank factors"),
+        (lambda t: t.update({"blocks.1.mlp.fc1.lora_A": torch.ones(1)}), "still hold low-rank factors"),
+        (
+            lambda t: t.update({"blocks.1.attn.v_proj.lora_A": t["blocks.1.attn.v_proj.weight"].add_(1e-3)[:1]}),
+            r"blocks\.1\.attn\.v_proj\.weight differs from its third",
+        ),
         (lambda t: t.pop("blocks.1.attn.qkv.bias"), "there is no fused qkv of its size beside it"),
     ],
 )
@@ -69,6 +74,23 @@ def test_an_explora_file_that_was_not_merged_is_refused(change: Any, says: str, 
         load(tmp_path / "explora.pth")
 
 
+def test_factors_beside_the_projections_they_were_merged_into_are_named_and_left(tmp_path: Path) -> None:
+    vit = tiny(init_values=0.5)
+    tensors = released(vit)
+    factors = {
+        f"blocks.{block}.attn.{part}_proj.lora_{letter}": torch.ones(2, 2)
+        for block in (0, 1)
+        for part in "qv"
+        for letter in "AB"
+    }
+    torch.save({"teacher": {**tensors, **factors}}, tmp_path / "explora.pth")
+    found, account, *_ = load(tmp_path / "explora.pth", name=NAME, options=vit.options)
+    assert same(found, vit)
+    assert account is not None
+    assert set(factors) <= set(account.unused)
+    assert "which mean and std" in str(load(tmp_path / "explora.pth").account)
+
+
 # timm's names and plain ViTs
 
 
@@ -78,6 +100,7 @@ TIMM = [
     "vit_giant_patch14_dinov2",
     "vit_small_patch16_dinov3_qkvb",
     "vit_base_patch16_dinov3",
+    "vit_large_patch16_dinov3",  # of two data sets with two means
     "vit_base_patch16_224",
     "vit_large_patch14_224",
     "vit_huge_patch14_224",
@@ -91,27 +114,45 @@ def test_timms_own_files_need_no_name(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
         torch.save(model.state_dict(), tmp_path / "x.pth")
-        vit, account, _ = load(tmp_path / "x.pth")
+        vit, account, *_ = load(tmp_path / "x.pth")
     assert account is not None
     assert (vit.name, vit.options, account.missing) == (name, {}, ("mask_token",))
     assert vit.position_mode == "timm"
     assert vit.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads  # type: ignore[union-attr]
-    assert ("which mean and std" in str(account)) == ("dino" not in name)
+    assert ("which mean and std" in str(account)) == ("dino" not in name or "large" in name)
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+@torch.no_grad()
+def test_a_gated_mlp_under_timms_names_is_dinov2s(patch: int, tmp_path: Path) -> None:
+    options = {"patch_size": patch, "embed_dim": 384, "depth": 1, "num_heads": 6, "img_size": 2 * patch}
+    model = timm.create_model("vit_giant_patch14_dinov2", num_classes=0, **options).eval()
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    vit, account, *_ = load(tmp_path / "x.pth")
+    assert account is not None
+    assert (vit.name, account.missing, account.unused) == ("vit_giant_patch14_dinov2", ("mask_token",), ())
+    images = torch.randn(1, 3, 2 * patch, 2 * patch)
+    assert_close(vit.eval()([images])[0].cls_BD, model.forward_features(images)[:, 0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mean", [None, [0.1, 0.2, 0.3]])
 def test_a_folder_of_timms_hub_names_its_architecture(mean: list[float] | None, tmp_path: Path) -> None:
     model = timm.create_model(NAME, depth=1, embed_dim=96, img_size=SIZE)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    pretrained = {"tag": "augreg_in21k_ft_in1k", "license": "apache-2.0", **({"mean": mean} if mean else {})}
+    pretrained = {
+        "tag": "augreg_in21k_ft_in1k",
+        "license": "apache-2.0",
+        **({"mean": mean, "std": mean} if mean else {}),
+    }
     arguments = {"depth": 1, "embed_dim": 96, "img_size": SIZE}
     config = {"architecture": NAME, "model_args": arguments, "pretrained_cfg": pretrained}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    vit, account, _ = load(tmp_path)
+    vit, account, *_ = load(tmp_path)
     assert (vit.name, vit.image_size) == ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", SIZE)
     assert vit.source.licence == "apache-2.0"
     assert vit.options == {"depth": 1, "embed_dim": 96}
-    assert ("another mean or std" in str(account)) == (mean is not None)
+    assert vit.mean == vit.std == tuple(mean or [0.5] * 3)
+    assert "which mean and std" not in str(account)
 
 
 def test_a_name_ends_the_doubt_about_mean_and_std(tmp_path: Path) -> None:
@@ -147,6 +188,8 @@ def test_an_mae_is_known_by_its_fixed_positions(tmp_path: Path) -> None:
     found = load(tmp_path / "flat.pth")
     assert found.vit.source.format == "mae"
     assert found.vit.name == "vit_base_patch16_224.mae"
+    assert found.vit.source.inferred
+    assert "taken for an MAE by its fixed sin-cos positions" in str(found.account)
     tensors["pos_embed"][:, 0] = 1
     torch.save({"model": tensors}, tmp_path / "wrapped.pth")
     assert "taken for an MAE by its outer key" in str(load(tmp_path / "wrapped.pth").account)
@@ -165,7 +208,7 @@ def test_a_grouped_model_takes_all_but_its_embeddings_from_an_rgb_mae(tmp_path: 
     tensors["pos_embed"][:, 0] = 0
     torch.save({"model": tensors}, tmp_path / "mae.pth")
     torch.manual_seed(1)
-    vit, account, _ = load(tmp_path / "mae.pth", channel_groups=GROUPS)
+    vit, account, *_ = load(tmp_path / "mae.pth", channel_groups=GROUPS)
     assert account is not None
     assert (vit.name, vit.channels, vit.groups) == ("vit_base_patch16_224.mae", 10, 3)
     convs = {f"patch_embed.{group}.proj.{kind}" for group in range(3) for kind in ("weight", "bias")}
@@ -188,7 +231,7 @@ def test_a_satmae_file_is_read_with_its_groups(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in vit.state_dict().items() if name != "mask_token"}
     extra = {"mask_token": torch.ones(1, 1, 32), "decoder_channel_embed": torch.ones(1, 4, 8)}
     torch.save({"model": {**tensors, **extra, "channel_cls_embed": torch.zeros(1, 1, 16)}}, tmp_path / "x.pth")
-    found, account, decoder = load(tmp_path / "x.pth")
+    found, account, decoder, _ = load(tmp_path / "x.pth")
     assert found.channel_groups == GROUPS
     assert same(found, vit, "mask_token")
     assert account is not None
@@ -203,3 +246,20 @@ def test_groups_of_other_sizes_must_be_said(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"model\.channel_groups is needed"):
         load(tmp_path / "x.pth")
     assert same(load(tmp_path / "x.pth", channel_groups=groups).vit, vit)
+
+
+def test_a_channel_embedding_of_another_width_is_taken_over(tmp_path: Path) -> None:
+    """SatMAE-B has SatMAE-L's 256 columns of 768."""
+    options = {**MAE, "in_chans": 10}
+    vit = scatter(build("vit_base_patch16_224.mae", SIZE, options, channel_groups=GROUPS, channel_width=32))
+    assert (vit.channel_embed.shape, vit.pos_embed.shape) == ((1, 3, 32), (1, 17, 32))
+    tensors = {name: tensor for name, tensor in vit.state_dict().items() if name != "mask_token"}
+    torch.save({"model": tensors}, tmp_path / "x.pth")
+    found, account, *_ = load(tmp_path / "x.pth")
+    assert same(found, vit, "mask_token")
+    assert "channel groups taken as SatMAE's [[0, 1, 2, 6], [3, 4, 5, 7], [8, 9]]" in str(account)
+    images = torch.randn(1, 10, SIZE, SIZE)
+    assert torch.equal(found.eval()([images])[0].cls_BD, vit.eval()([images])[0].cls_BD)
+    torch.save({"model": {**tensors, "channel_embed": torch.ones(1, 3, 17)}}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="channel_embed is 17 wide, which sines and cosines"):
+        load(tmp_path / "x.pth")

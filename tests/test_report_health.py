@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from explora.reporting.folder import Stage, read_chain
 from explora.reporting.health import QUANTITIES, alarms, health
 
 
-def stage_of(*rows: dict[str, float], has_best: bool = False) -> Stage:
-    return Stage("pretrain", {}, list(rows), 0, None, {}, {}, has_best)
+def stage_of(*rows: dict[str, float], **objective: Any) -> Stage:
+    return Stage("pretrain", {}, list(rows), 0, None, {}, {}, False, objective)
 
 
 def section(text: str) -> str:
@@ -58,8 +59,14 @@ def test_an_old_run_has_what_it_logged(tmp_path: Path) -> None:
 def test_a_run_of_mae_has_no_prototypes(tmp_path: Path) -> None:
     run = watch(make_run(tmp_path))
     rows = [{"step": step, "loss": 1.0, "explained": 0.1 * step, "rankme": 40.0, "knn": 50.0} for step in (0, 1, 2)]
+    rows = [{**row, "reconstruction": row["loss"]} for row in rows]
     (run / "pretrain" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = section(write_report(run).read_text(encoding="utf-8"))
+    (run / "pretrain" / "config.yaml").write_text("objective: {name: mae, norm_pixels: true}\n")
+    text = write_report(run).read_text(encoding="utf-8")
+    shown = section(text)
+    assert "<figcaption>loss</figcaption>" in text
+    assert "<figcaption>reconstruction</figcaption>" not in text
+    assert shown.count("MAE&#39;s loss does not train the class token directly") == 2
     assert re.findall("<h3>(.*?)</h3>", shown) == ["kNN, %", "RankMe", "Explained, %", "What the model fills in"]
     assert "kNN was 50.0 % at the end as before the first step. No later step was better than the start." in shown
 
@@ -99,6 +106,27 @@ def test_without_a_start_there_is_no_floor() -> None:
     assert found is not None
     assert found.said == "kNN was 40.0 % at the end; it was not measured before the first step."
     assert health(stage_of({"step": 1, "loss": 1.0})) is None
+
+
+def test_images_without_labels_have_no_knn() -> None:
+    rows = {"step": 0, "rankme": 40.0}, {"step": 9, "rankme": 39.0}
+    found = health(stage_of(*rows))
+    assert found is not None
+    assert found.said.startswith("No kNN was measured, because the images have no labels")
+
+
+@pytest.mark.parametrize("norm_pixels", [True, False])
+def test_pictures_say_what_the_model_was_given(tmp_path: Path, norm_pixels: bool) -> None:
+    run = watch(make_run(tmp_path))
+    (run / "pretrain" / "config.yaml").write_text(f"objective: {{name: mae, norm_pixels: {norm_pixels}}}\n")
+    arrays = dict.fromkeys(("original", "masked", "reconstruction", "blind"), np.zeros((2, 16, 16, 3), np.uint8))
+    np.savez(run / "pretrain" / "pictures.npz", **arrays)
+    shown = section(write_report(run).read_text(encoding="utf-8"))
+    assert shown.count("<img") == 2 * 4
+    assert "Random crops of training images. From left to right: the image, the patches that the model saw, " in shown
+    assert "what a model that says nothing would give and what this model gives." in shown
+    assert ("Each hidden patch is given its true mean brightness and contrast" in shown) == norm_pixels
+    assert ("The model predicts brightness and colour too" in shown) != norm_pixels
 
 
 def test_pictures_of_many_bands_show_three(tmp_path: Path) -> None:

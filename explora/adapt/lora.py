@@ -107,28 +107,38 @@ def is_lora(name: str) -> bool:
     return name.rpartition(".")[2] in ("lora_a", "lora_b")
 
 
-def insert(model: nn.Module, blocks: Iterable[int], targets: tuple[Target, ...], rank: int, scale: float) -> None:
+def insert(
+    model: nn.Module, blocks: Iterable[int], targets: tuple[Target, ...], rank: int, scale: float, key: str = "adapt"
+) -> None:
     """Give the named linear maps of some blocks their low-rank terms, in place; outputs do not change.
 
     Args:
         model: a ViT, or any module with timm's blocks as `blocks.N`, such as the decoder of a MAE.
         scale: alpha / rank.
+        key: where the settings stand in a config, for the messages.
 
     Raises:
         ConfigError: the blocks lack a target, alpha / rank is absurd, or the rank is none of a low-rank term.
     """
     if scale > MAX_SCALE:
         raise ConfigError(
-            f"alpha / rank is {scale:g}, and above {MAX_SCALE:g} the low-rank terms run away at any usual learning "
-            f"rate; lower alpha to {rank} or less"
+            f"{key}: alpha / rank is {scale:g}, and above {MAX_SCALE:g} the low-rank terms run away at any usual "
+            f"learning rate; lower alpha to {rank} or less"
         )
+    parts = tuple(number for number, letter in enumerate("qkv") if letter in targets)
+    wanted: list[tuple[tuple[str, ...], tuple[int, ...], int]] = [(("attn.qkv",), parts, 3)] if parts else []
+    wanted += [(_MODULES[target], (0,), 1) for target in targets if target in _MODULES]
     for index in sorted(blocks):
-        parts = tuple(number for number, letter in enumerate("qkv") if letter in targets)
-        if parts:
-            _adopt(model, _linears(model, f"blocks.{index}", ("attn.qkv",)), parts, 3, rank, scale)
-        for target in targets:
-            if target in _MODULES:
-                _adopt(model, _linears(model, f"blocks.{index}", _MODULES[target]), (0,), 1, rank, scale)
+        for places, adapted, pieces in wanted:
+            for name, base in _linears(model, f"blocks.{index}", places, key).items():
+                most = min(base.in_features, base.out_features // pieces)
+                if rank >= most:
+                    raise ConfigError(
+                        f"{key}: rank {rank} of the low-rank terms: {name} is {most} wide, so only a rank below that "
+                        f"is low; take {max(1, most // 4)} or less, or let the whole of it learn instead"
+                    )
+                assert not isinstance(base, LoRALinear), f"{name} has low-rank terms already"
+                replace(model, name, LoRALinear(base, adapted, pieces, rank, scale))
 
 
 def merge(model: nn.Module) -> None:
@@ -138,23 +148,9 @@ def merge(model: nn.Module) -> None:
             replace(model, name, module.merged())
 
 
-def _linears(model: nn.Module, block: str, places: tuple[str, ...]) -> dict[str, nn.Linear]:
+def _linears(model: nn.Module, block: str, places: tuple[str, ...], key: str) -> dict[str, nn.Linear]:
     inside = dict(model.get_submodule(block).named_modules())
     found = {f"{block}.{place}": inside[place] for place in places if isinstance(inside.get(place), nn.Linear)}
     if not found:
-        raise ConfigError(f"adapt.targets: {block} has no linear map {' or '.join(places)}; leave this target out")
+        raise ConfigError(f"{key}.targets: {block} has no linear map {' or '.join(places)}; leave this target out")
     return cast(dict[str, nn.Linear], found)
-
-
-def _adopt(
-    model: nn.Module, bases: dict[str, nn.Linear], parts: tuple[int, ...], pieces: int, rank: int, scale: float
-) -> None:
-    for name, base in bases.items():
-        assert not isinstance(base, LoRALinear), f"{name} has low-rank terms already"
-        most = min(base.in_features, base.out_features // pieces)
-        if rank >= most:
-            raise ConfigError(
-                f"rank {rank} of the low-rank terms: {name} is {most} wide, so only a rank below that is low; "
-                f"take {max(1, most // 4)} or less, or train the block in full"
-            )
-        replace(model, name, LoRALinear(base, parts, pieces, rank, scale))

@@ -187,22 +187,22 @@ class Training:
 
     def _judge(self, knn: float) -> dict[str, float]:
         """Compare with the floor and the best so far."""
-        outcome, step = self.outcome, self.progress.step
+        assert self.monitor is not None
+        outcome, step, was_low = self.outcome, self.progress.step, self.outcome.alarm
         outcome.last = knn
         if step == 0:
             outcome.floor = knn
         if outcome.best is None or knn > outcome.best:
             outcome.best, outcome.best_step = knn, step
-            if self.monitor is not None and self.monitor.on_best is not None:
+            if step and self.monitor.on_best is not None:  # step 0 is only what the run started from
                 self.monitor.on_best()
-        if not outcome.alarm:
-            return {}
-        logger.warning(
-            "step %d: kNN %.1f %% is below the floor of %.1f %%, that of the backbone at step 0; if it stays there, "
-            "lower optim.lr or give a longer objective.head_warmup",
-            *(step, knn, outcome.floor),
-        )
-        return {"knn_alarm": 1}
+        if outcome.alarm and not was_low:
+            logger.warning(
+                "step %d: kNN %.1f %% is below the floor of %.1f %%, that of the backbone at step 0; a point or so can "
+                "be chance on %d images; if it stays there, lower optim.lr or give a longer objective.head_warmup",
+                *(step, knn, outcome.floor, len(self.monitor.chosen)),
+            )
+        return {"knn_alarm": 1} if outcome.alarm else {}
 
     def _bar(self) -> tqdm:
         """A progress bar that counts images."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cached_property
 
@@ -18,6 +19,8 @@ from explora.evaluation import KNN, Features, rankme
 from explora.models import ViT
 from explora.schedules import Length, LengthField
 
+logger = logging.getLogger("explora")
+
 _AT_ONCE = 64
 _A_CLASS = 5
 """Fewer images of a class than these leave too few neighbours of it to vote."""
@@ -31,7 +34,7 @@ class MonitorConfig(Config):
     images: int = Field(400, ge=2)
     """Images looked at: as many of each class where labels are known, else evenly from the whole set."""
     k: int = Field(10, ge=1)
-    """Neighbours that vote on the class of an image."""
+    """Neighbours that vote on the class of an image; fewer where most classes have no more images than this."""
 
     @field_validator("every")
     @classmethod
@@ -47,7 +50,7 @@ class Monitor:
     Args:
         shards: the images to choose from; their labels judge, they never teach.
         view: how an image is cut and normalised.
-        on_best: called when a measurement has a better kNN than all before it.
+        on_best: called when a measurement after the start has a better kNN than all before it.
     """
 
     def __init__(
@@ -56,6 +59,18 @@ class Monitor:
         self.config, self.on_best = config, on_best
         self._shards, self._view = shards, view
         self.chosen, self.labelled = choose(shards.labels, config.images)
+        self.k = config.k
+        if not self.labelled:
+            lack = "too few labels" if (shards.labels >= 0).any() else "no labels"
+            logger.info("%s: only RankMe is watched, and no best step is kept", lack)
+            return
+        sizes = np.unique(shards.labels[self.chosen], return_counts=True)[1]
+        usual = int(np.median(sizes[sizes > 1]))
+        if self.k >= usual:  # its own class could never outvote the others
+            logger.info(
+                "monitor.k: classes have %d images here, so %d neighbours vote, not %d", usual, usual - 1, self.k
+            )
+            self.k = usual - 1
 
     def measure(self, vit: ViT, precision: Precision = "auto") -> dict[str, float]:
         """`rankme`, and `knn` where labels are known: leave-one-out top-1 in percent on the class token.
@@ -104,8 +119,7 @@ class Monitor:
         return Features(torch.cat(cls), torch.cat(mean), labels, self._shards.classes, self._shards.fingerprint)
 
     def _knn(self, features: Features) -> float:
-        k = min(self.config.k, len(features) - 1)
-        judge = KNN(k=(k,), leave_one_out=True)
+        judge = KNN(k=(self.k,), leave_one_out=True)
         found = judge.predict(features, None, features.labels.unique(), judge.k)[0]
         return 100 * float((found == features.labels).double().mean())
 
@@ -116,19 +130,22 @@ def choose(labels: np.ndarray, images: int) -> tuple[np.ndarray, bool]:
     Where enough images of at least two classes are labelled: of each class the same number, evenly spaced
     through its images in the order of the shards; small classes give all they have, and their rest goes to the
     others. If there are more classes than leave 5 images for each, only some, evenly spaced by label, take part.
-    Otherwise: evenly spaced through the whole set.
+    Otherwise, as where not even two classes give two images: evenly spaced through the whole set.
     """
     wanted = min(images, len(labels))
+    unjudged = _spaced(np.arange(len(labels)), wanted), False
     labelled = np.flatnonzero(labels >= 0)
     known = np.unique(labels[labelled])
     if len(known) < 2 or len(labelled) < wanted:
-        return _spaced(np.arange(len(labels)), wanted), False
+        return unjudged
     members = [labelled[labels[labelled] == label] for label in _spaced(known, max(2, images // _A_CLASS))]
     sizes = np.array([len(own) for own in members])
     level = int(max(level for level in range(min(sizes.max(), images) + 1) if np.minimum(sizes, level).sum() <= images))
     shares = np.minimum(sizes, level)
     larger = np.flatnonzero(sizes > level)
     shares[_spaced(larger, images - int(shares.sum()))] += 1
+    if (shares > 1).sum() < 2:
+        return unjudged
     chosen = [_spaced(own, int(share)) for own, share in zip(members, shares, strict=True)]
     return np.sort(np.concatenate(chosen)), True
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from explora.errors import WeightsError
-from explora.models.vit import ViT, resample_positions
+from explora.models.positions import resample_positions
+from explora.models.vit import ViT
 
 _MAY_MISS = frozenset({"mask_token"})
-_MAY_REMAIN = re.compile(r"^(head|head_dist|fc_norm|dino_head|ibot_head)\b|^dist_token$")
+_MAY_REMAIN = re.compile(r"^(head|fc_norm|dino_head|ibot_head)\b")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,20 @@ def _check(title: str, model: Mapping[str, Tensor], found: Mapping[str, Tensor],
     lines += [f"no place for: {_shorten(strange)}"] if strange else []
     for name in reshaped[:5]:
         lines.append(f"{name}: {tuple(found[name].shape)} in the file, {tuple(model[name].shape)} in the model")
-    raise WeightsError("\n  ".join(lines) + "\n  choose the model.name that these weights were trained with")
+    raise WeightsError("\n  ".join([*lines, _advice(model, found, reshaped)]))
+
+
+def _advice(model: Mapping[str, Tensor], found: Mapping[str, Tensor], reshaped: list[str]) -> str:
+    """What to do about a misfit, by its likely cause."""
+    if any(re.search(r"\blora_[abAB]\b", name) for name in found):
+        return "this is an adapter, or a model that still holds one; see explora.adapt.attach, or save it merged"
+    patches = [name for name in reshaped if name.startswith("patch_embed.") and model[name].dim() == found[name].dim()]
+    if any(model[name].shape[1:2] != found[name].shape[1:2] for name in patches if model[name].dim() == 4):
+        return (
+            "the number of channels differs: model.options.in_chans says how many the weights have, "
+            "model.channel_groups embeds other bands anew"
+        )
+    return "choose the model.name that these weights were trained with"
 
 
 def _reshaped(name: str, model: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> bool:

@@ -34,6 +34,14 @@ def known(block: nn.Module) -> bool:
     return False
 
 
+def decoder_blocks(width: int, depth: int, heads: int) -> nn.ModuleList:
+    """`depth` plain blocks, (B, T, width) to the same shape, without LayerScale; `width` is a multiple of `heads`.
+
+    They are timm's, so that they bear the names of official MAE checkpoints.
+    """
+    return nn.ModuleList([Block(width, heads, qkv_bias=True) for _ in range(depth)])
+
+
 def run_block(block: Any, x_TD: Tensor, layout: Layout, drop: float = 0.0) -> Tensor:
     """Attention, then the MLP, each added to the residual stream.
 

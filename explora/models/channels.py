@@ -19,11 +19,14 @@ ChannelGroups = tuple[tuple[int, ...], ...]
 """The channels of each group, such as ((0, 1, 2, 6), (3, 4, 5, 7), (8, 9))."""
 
 _SHARE = 4
-"""A group's own embedding takes this part of the width: 256 of 1024."""
+"""A group's own embedding takes this part of the width unless somebody says another: 256 of 1024."""
 
 
-def check_groups(groups: ChannelGroups, channels: int, width: int) -> None:
+def check_groups(groups: ChannelGroups, channels: int, width: int, own: int | None = None) -> None:
     """Refuse groups that do not fit a model.
+
+    Args:
+        own: width of the group's own embedding where it is not a quarter.
 
     Raises:
         WeightsError: a channel is in no group or in several, or the width cannot be divided.
@@ -33,8 +36,10 @@ def check_groups(groups: ChannelGroups, channels: int, width: int) -> None:
             f"model.channel_groups {[list(group) for group in groups]}: each of the {channels} channels (0 to "
             f"{channels - 1}) must be in one group; model.options.in_chans sets how many channels there are"
         )
-    if width % (4 * _SHARE):
+    if own is None and width % (4 * _SHARE):
         raise WeightsError(f"model.channel_groups needs a width that is a multiple of {4 * _SHARE}, got {width}")
+    if own is not None and (own % 2 or not 0 < own < width or (width - own) % 4):
+        raise WeightsError(f"channel_embed is {own} wide, which sines and cosines beside a width of {width} cannot be")
 
 
 def group_embeds(groups: ChannelGroups, single: PatchEmbed) -> nn.ModuleList:
@@ -47,9 +52,15 @@ def group_embeds(groups: ChannelGroups, single: PatchEmbed) -> nn.ModuleList:
     return nn.ModuleList(embeds)
 
 
-def group_tables(groups: ChannelGroups, width: int, side: int, prefix: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """`pos_embed` (1, prefix + side * side, 3/4 D), its prefix rows zero, and `channel_embed` (1, G, D/4): sin-cos."""
-    own = width // _SHARE
+def group_tables(
+    groups: ChannelGroups, width: int, side: int, prefix: int, own: int | None = None
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """`pos_embed` (1, prefix + side * side, D - C), its prefix rows zero, and `channel_embed` (1, G, C): sin-cos.
+
+    Args:
+        own: C, a quarter of D unless said otherwise.
+    """
+    own = own or width // _SHARE
     places = pad(sincos_grid(width - own, side, side), (0, 0, prefix, 0))
     return nn.Parameter(places[None]), nn.Parameter(sincos(own, torch.arange(len(groups)))[None])
 

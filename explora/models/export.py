@@ -64,6 +64,8 @@ def facts_of(vit: ViT) -> dict[str, Any]:
         "image_size": vit.image_size,
         "positions": vit.position_mode,
         "channel_groups": vit.channel_groups,
+        "mean": list(vit.mean),
+        "std": list(vit.std),
         "source": None if vit.source is None else dataclasses.asdict(vit.source),
     }
 

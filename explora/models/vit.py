@@ -34,7 +34,7 @@ from timm.models import is_model_in_modules  # noqa: E402
 from timm.models.eva import Eva  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
-__all__ = ["BlockFeatures", "Mixup", "Tokens", "ViT", "build", "resample_positions", "timm"]
+__all__ = ["BlockFeatures", "Mixup", "Tokens", "ViT", "build", "timm"]
 
 
 Options = Mapping[str, int | float | bool | str]
@@ -72,6 +72,7 @@ class ViT(nn.Module):
         options: timm arguments that differ from the named architecture's.
         positions: how the position embedding is resampled to other sizes.
         channel_groups: channels of each group; `patch_embed` is a list then, and `channel_embed` joins `pos_embed`.
+        channel_width: width of `channel_embed`; None: a quarter of the model's, as in SatMAE-L.
 
     Raises:
         WeightsError: the architecture has parts that this forward pass does not know, or the groups do not fit it.
@@ -85,6 +86,7 @@ class ViT(nn.Module):
         options: Options | None = None,
         positions: PositionMode = "timm",
         channel_groups: ChannelGroups | None = None,
+        channel_width: int | None = None,
     ) -> None:
         super().__init__()
         _covered(model, name)
@@ -102,7 +104,8 @@ class ViT(nn.Module):
         self.groups = len(channel_groups or [()])
         """Tokens at each patch: the number of channel groups."""
         self.mean, self.std = _normalisation(name, self.channels)
-        """Channel mean and std of images in [0, 1] that the architecture's weights expect."""
+        """Channel mean and std of images in [0, 1] that the weights expect: the architecture's until one who knows sets
+        others."""
         self.drop_path = 0.0
         """Probability with which an image skips a residual branch in training, the same for every block."""
         self.source: Any = None
@@ -119,7 +122,7 @@ class ViT(nn.Module):
         self.blocks = model.blocks
         self.norm = model.norm
         if channel_groups is not None:
-            self._group(channel_groups)
+            self._group(channel_groups, channel_width)
 
     def forward(
         self,
@@ -230,15 +233,15 @@ class ViT(nn.Module):
             return Tokens(patches.mean(1), patches)
         return Tokens(x_BTD[:, 0] if cls_BD is None else cls_BD, patches)
 
-    def _group(self, groups: ChannelGroups) -> None:
-        check_groups(groups, self.channels, self.width)
+    def _group(self, groups: ChannelGroups, own: int | None) -> None:
+        check_groups(groups, self.channels, self.width, own)
         if self.pos_embed is None:
             raise WeightsError(f"model.channel_groups: '{self.name}' has no position embedding to put the groups in")
         assert isinstance(self.patch_embed, PatchEmbed)
         self.patch_embed = group_embeds(groups, self.patch_embed)
         prefix = self.prefix_tokens if self.embeds_prefix else 0
         side = self.image_size // self.patch_size
-        self.pos_embed, self.channel_embed = group_tables(groups, self.width, side, prefix)
+        self.pos_embed, self.channel_embed = group_tables(groups, self.width, side, prefix, own)
 
 
 def build(
@@ -248,8 +251,9 @@ def build(
     *,
     positions: PositionMode = "timm",
     channel_groups: ChannelGroups | None = None,
+    channel_width: int | None = None,
 ) -> ViT:
-    """A randomly initialised ViT of a timm architecture for square images of `image_size` pixels.
+    """A randomly initialised ViT of a timm architecture for square images of `image_size` pixels; see `ViT`.
 
     Raises:
         WeightsError: timm has no such model, it is no ViT that explora knows, or the size does not fit the patches.
@@ -268,7 +272,7 @@ def build(
         raise WeightsError(
             f"image_size {image_size} is no multiple of the patch size {patch} of '{name}'; use {' or '.join(near)}"
         )
-    return ViT(model, name, image_size, options, positions, channel_groups)
+    return ViT(model, name, image_size, options, positions, channel_groups, channel_width)
 
 
 def _create(architecture: str, image_size: int, options: Options) -> VisionTransformer | Eva:
@@ -277,8 +281,9 @@ def _create(architecture: str, image_size: int, options: Options) -> VisionTrans
     plain: dict[str, Any] = {"num_classes": 0, "global_pool": "", norm: False, "img_size": image_size}
     try:
         model = timm.create_model(architecture, pretrained=False, **{**plain, **options})
-    except (TypeError, AssertionError) as error:
-        raise WeightsError(f"'{architecture}' with {dict(options)} is no plain vision transformer: {error}") from None
+    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
+        reason = str(error) or f"timm refuses it with {type(error).__name__} and no word why"
+        raise WeightsError(f"'{architecture}' with {dict(options)} is no plain vision transformer: {reason}") from None
     return _covered(model, architecture)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +13,7 @@ from explora.errors import WeightsError
 from explora.models import formats
 from explora.models.account import Account, fill
 from explora.models.files import METADATA_KEY, fingerprint, read_file, read_tensors
-from explora.models.formats import Architecture, Checkpoint
+from explora.models.formats import Architecture, Checkpoint, Source
 from explora.models.vit import ViT, build, timm
 
 __all__ = [
@@ -48,17 +47,6 @@ class ModelConfig(Config):
     """SatMAE's channel groups, such as [[0, 1, 2, 6], [3, 4, 5, 7], [8, 9]]; null embeds all channels at once."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the weights of a model came from."""
-
-    format: str
-    """dinov2, mae, timm, huggingface/dinov2, dinov3, explora-release, ..."""
-    file: str
-    """The file's or folder's name, without its place."""
-    licence: str
-
-
 class Loaded(NamedTuple):
     """A backbone and what came with it."""
 
@@ -67,6 +55,8 @@ class Loaded(NamedTuple):
     """None for random weights."""
     decoder: dict[str, Tensor]
     """An MAE decoder under official names (its mask token as `decoder_mask_token`), {} where the weights have none."""
+    decoder_heads: int | None = None
+    """Attention heads of that decoder, where the file says."""
 
 
 def load_model(config: ModelConfig) -> Loaded:
@@ -77,17 +67,22 @@ def load_model(config: ModelConfig) -> Loaded:
     """
     if config.weights is None:
         return Loaded(_build(config, Architecture(None)), None, {})
-    checkpoint, source = _timm(config) if config.weights == "timm" else _file(config.weights)
-    if "channel_embed" in checkpoint.tensors and not (config.channel_groups or checkpoint.architecture.channel_groups):
+    timms = config.weights == "timm"
+    checkpoint = _timm(config.name) if timms else formats.read(read_file(config.weights))
+    shaped, embed = checkpoint.architecture, checkpoint.tensors.get("channel_embed")
+    if embed is not None and not (config.channel_groups or shaped.channel_groups):
         raise WeightsError("model.channel_groups is needed: the weights hold only how many channels each group has")
-    vit = _build(config, checkpoint.architecture)
-    fresh = _fresh(vit, checkpoint)
-    notes = [*checkpoint.notes, *([] if config.name else checkpoint.guesses)]
-    notes += [f"decoder: {len(checkpoint.decoder)} tensors"] if checkpoint.decoder else []
-    name = config.name if config.weights == "timm" else config.weights
-    account = fill(vit, checkpoint.tensors, str(name), ignored=checkpoint.ignored, fresh=fresh, notes=notes)
-    vit.source = source
-    return Loaded(vit, account, checkpoint.decoder)
+    if embed is None and shaped.channel_groups:
+        raise WeightsError(f"{config.weights}: says channel groups {shaped.channel_groups}, but has no channel_embed")
+    vit = _build(config, shaped, None if embed is None else embed.shape[-1])
+    if shaped.mean is not None and shaped.std is not None and len(shaped.mean) == vit.channels:
+        vit.mean, vit.std = shaped.mean, shaped.std
+    fresh, notes = _fresh(vit, checkpoint), _notes(config, checkpoint, vit)
+    name = str(config.name if timms else config.weights)
+    account = fill(vit, checkpoint.tensors, name, ignored=checkpoint.ignored, fresh=fresh, notes=notes)
+    own = Source(checkpoint.format, Path(name).name, checkpoint.licence, checkpoint.inferred)
+    vit.source = checkpoint.source or own
+    return Loaded(vit, account, checkpoint.decoder, checkpoint.decoder_heads)
 
 
 def load_backbone(path: str | Path, *, name: str | None = None, image_size: int | None = None) -> ViT:
@@ -99,29 +94,35 @@ def load_backbone(path: str | Path, *, name: str | None = None, image_size: int 
     return load_model(ModelConfig(name=name, weights=str(path), image_size=image_size)).vit
 
 
-def _file(weights: str) -> tuple[Checkpoint, Source]:
-    file, name = read_file(weights), Path(weights).name
-    if not file.metadata:
-        checkpoint = formats.read(file.tensors, file.config, file.wrapper)
-        return checkpoint, Source(checkpoint.format, name, checkpoint.licence)
-    checkpoint = formats.timm.own(file.tensors, file.metadata, weights)
-    recorded = file.metadata.get("source") or {}
-    return checkpoint, Source(checkpoint.format, str(recorded.get("file", name)), checkpoint.licence)
-
-
-def _timm(config: ModelConfig) -> tuple[Checkpoint, Source]:
-    if config.name is None:
+def _timm(name: str | None) -> Checkpoint:
+    if name is None:
         raise WeightsError("model.weights is 'timm', but model.name is not given")
     try:
-        tensors = dict(timm.create_model(config.name, pretrained=True).state_dict())
+        tensors = dict(timm.create_model(name, pretrained=True).state_dict())
     except (RuntimeError, OSError) as error:
-        raise WeightsError(f"timm could not fetch the weights of '{config.name}': {error}") from None
-    registered = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+        raise WeightsError(f"timm could not fetch the weights of '{name}': {error}") from None
+    registered = timm.get_pretrained_cfg(name, allow_unregistered=True)
     licence = str(registered.license or formats.UNKNOWN) if registered is not None else formats.UNKNOWN
-    return Checkpoint("timm", Architecture(config.name), tensors, licence=licence), Source("timm", config.name, licence)
+    return Checkpoint("timm", Architecture(name), tensors, licence=licence)
 
 
-def _build(config: ModelConfig, inferred: Architecture) -> ViT:
+def _notes(config: ModelConfig, checkpoint: Checkpoint, vit: ViT) -> list[str]:
+    """What was found beside the tensors, and everything that was assumed and that the config does not say."""
+    shaped, notes = checkpoint.architecture, [*checkpoint.notes]
+    notes += [] if config.name else shaped.guesses
+    if not (shaped.recorded or config.channel_groups) and shaped.channel_groups:
+        groups = [list(group) for group in shaped.channel_groups]
+        notes.append(f"channel groups taken as SatMAE's {groups}, unless model.channel_groups says others")
+    if not (config.name or shaped.recorded or shaped.sure_of_mean or shaped.mean) and vit.channels == 3:
+        notes.append(
+            f"the weights do not say which mean and std their images had; those of timm's {vit.name} are taken unless "
+            "model.name says another"
+        )
+    notes += [f"decoder: {len(checkpoint.decoder)} tensors"] if checkpoint.decoder else []
+    return notes
+
+
+def _build(config: ModelConfig, inferred: Architecture, channel_width: int | None = None) -> ViT:
     """What the config says goes before what the weights tell."""
     name = config.name or inferred.name
     if name is None:
@@ -134,10 +135,12 @@ def _build(config: ModelConfig, inferred: Architecture) -> ViT:
     size = config.image_size or inferred.image_size or _native_size(name)
     positions = inferred.positions if config.positions == "auto" else config.positions
     groups = config.channel_groups or inferred.channel_groups
+    if inferred.recorded and inferred.channel_groups not in (None, groups):
+        raise WeightsError(f"model.channel_groups is {groups}, but {config.weights} says {inferred.channel_groups}")
     if groups is not None:
         options.setdefault("in_chans", sum(len(group) for group in groups))
     try:
-        return build(name, size, options, positions=positions, channel_groups=groups)
+        return build(name, size, options, positions=positions, channel_groups=groups, channel_width=channel_width)
     except WeightsError as error:
         if size == inferred.image_size != config.image_size and not inferred.recorded and config.name is not None:
             raise WeightsError(f"{config.weights}, for images of {size} px, does not fit {name}: {error}") from None

@@ -16,12 +16,11 @@ from explora.config import Config
 from explora.errors import ConfigError, WeightsError
 from explora.models import ViT
 from explora.models.attention import Group
-from explora.models.blocks import Layout, run_block
+from explora.models.blocks import Layout, decoder_blocks, run_block
 from explora.models.channels import group_positions, group_tables
-from explora.models.decoder_blocks import decoder_blocks
 from explora.models.positions import resample_positions, sincos_grid
 
-WIDTH, DEPTH = 512, 8
+WIDTH, DEPTH, HEADS = 512, 8, 16
 _FIXED = ("pos_embed", "channel_embed")
 
 Rank = Annotated[int, Field(ge=1)]
@@ -34,8 +33,8 @@ class DecoderConfig(Config):
     """Width of its tokens; null takes the loaded decoder's, 512 for a fresh one."""
     depth: int | None = Field(None, ge=1)
     """Number of its blocks; null takes the loaded decoder's, 8 for a fresh one."""
-    heads: int = Field(16, ge=1)
-    """Attention heads of each block; no tensor tells them, and 16 is what all published decoders have."""
+    heads: int | None = Field(None, ge=1)
+    """Attention heads of each block; null takes those that the weights name, else 16, as all official decoders have."""
     lora: Rank | None = None
     """Rank of low-rank terms on q and v of its blocks, which then learn with its norms alone; null trains it whole."""
     alpha: float = Field(1.0, gt=0)
@@ -43,27 +42,28 @@ class DecoderConfig(Config):
     prediction: bool = False
     """Whether the prediction layer learns beside the low-rank terms; a must where it is new."""
 
-    def shape(self, tensors: Mapping[str, Tensor], grouped: bool) -> tuple[int, int]:
-        """Width and depth of the decoder to build.
+    def shape(self, tensors: Mapping[str, Tensor], loaded_heads: int | None, grouped: bool) -> tuple[int, int, int]:
+        """Width, depth and heads of the decoder to build.
 
         Raises:
             ConfigError: they differ from the loaded decoder's, or do not fit the heads and the positions.
         """
-        width, depth = WIDTH, DEPTH
+        width, depth, heads = WIDTH, DEPTH, loaded_heads or HEADS
         if tensors:
             width = tensors["embed.weight"].shape[0] if "embed.weight" in tensors else width
             depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}) or depth
-            for key, given, loaded in (("width", self.width, width), ("depth", self.depth, depth)):
-                if given not in (None, loaded):
+            said = ("width", self.width, width), ("depth", self.depth, depth), ("heads", self.heads, loaded_heads)
+            for key, given, loaded in said:
+                if None not in (given, loaded) and given != loaded:
                     raise ConfigError(f"objective.decoder.{key}: {given}, the loaded one has {loaded}; leave it out")
-        width, depth = self.width or width, self.depth or depth
+        width, depth, heads = self.width or width, self.depth or depth, self.heads or heads
         multiple = 16 if grouped else 4
-        if width % self.heads or width % multiple:
+        if width % heads or width % multiple:
             raise ConfigError(
-                f"objective.decoder: width {width} must be a multiple of heads {self.heads}, and of {multiple} "
+                f"objective.decoder: width {width} must be a multiple of heads {heads}, and of {multiple} "
                 "for its position embedding"
             )
-        return width, depth
+        return width, depth, heads
 
 
 class Decoder(nn.Module):
@@ -77,19 +77,26 @@ class Decoder(nn.Module):
         tensors: a decoder under official names, all beginning with `decoder_`. It must fit, but for positions
             (resampled, or computed where their width differs) and the prediction layer, which starts anew where
             patch size, bands or groups are others.
+        heads: attention heads of the decoder that the tensors are, where the file says.
 
     Raises:
         ConfigError: a shape that cannot be, or low-rank terms on what is not loaded.
         WeightsError: the tensors do not fit.
     """
 
-    def __init__(self, config: DecoderConfig, backbone: ViT, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        backbone: ViT,
+        tensors: Mapping[str, Tensor] | None = None,
+        heads: int | None = None,
+    ) -> None:
         super().__init__()
         found = {name.removeprefix("decoder_"): tensor for name, tensor in (tensors or {}).items()}
         groups = backbone.channel_groups
         self.channels = groups or (tuple(range(backbone.channels)),)
         self.patch_size, self.side = backbone.patch_size, backbone.image_size // backbone.patch_size
-        width, depth = config.shape(found, groups is not None)
+        width, depth, heads = config.shape(found, heads, groups is not None)
         self.embed = nn.Linear(backbone.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.channel_embed: nn.Parameter | None = None
@@ -97,13 +104,13 @@ class Decoder(nn.Module):
             self.pos_embed = nn.Parameter(F.pad(sincos_grid(width, self.side, self.side), (0, 0, 1, 0))[None])
         else:
             self.pos_embed, self.channel_embed = group_tables(groups, width, self.side, 1)
-        self.blocks = decoder_blocks(width, depth, config.heads)
+        self.blocks = decoder_blocks(width, depth, heads)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         layers = [nn.Linear(width, self.patch_size**2 * len(group)) for group in self.channels]
         self.pred = layers[0] if groups is None else nn.ModuleList(layers)
         self._initialise()
         self.fresh = self._load(found)
-        """Names of what the checkpoint did not give."""
+        """Names of what the checkpoint did not give and must be learnt, so without the fixed positions."""
         self._choose(config)
 
     def forward(self, tokens_BTD: Tensor, keep_BM: Tensor, grid: tuple[int, int]) -> list[Tensor]:
@@ -132,6 +139,13 @@ class Decoder(nn.Module):
         places = resample_positions(self.pos_embed, (self.side, self.side), (height, width), 1)
         return places if self.channel_embed is None else group_positions(places, self.channel_embed, 1)
 
+    @property
+    def anew(self) -> str:
+        """What begins anew, as a phrase for the log; empty where all was loaded."""
+        if not self.fresh:
+            return ""
+        return "a fresh decoder" if "embed.weight" in self.fresh else "the decoder's pred.* begin anew"
+
     def patches(self, images_BCHW: Tensor) -> list[Tensor]:
         """What there is to predict: for each channel group (B, N, p * p * C of the group), the channel last."""
         return [patchify(images_BCHW[:, list(group)], self.patch_size) for group in self.channels]
@@ -154,10 +168,10 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def _load(self, found: dict[str, Tensor]) -> tuple[str, ...]:
-        """Copy what fits; returns the names of what was not given."""
+        """Copy what fits; returns the names of what was not given, but for the fixed positions."""
         ours = dict(self.named_parameters())
         if not found:
-            return tuple(ours)
+            return tuple(name for name in ours if name not in _FIXED)
         found = dict(found)
         side = round((found["pos_embed"].shape[1] - 1) ** 0.5) if "pos_embed" in found else 0
         if side and found["pos_embed"].shape == (1, side**2 + 1, self.pos_embed.shape[2]):
@@ -171,7 +185,7 @@ class Decoder(nn.Module):
             raise WeightsError(f"the decoder of these weights does not fit the model or is incomplete: {named}")
         for name in fits:
             ours[name].copy_(found[name])
-        return tuple(name for name in ours if name not in fits)
+        return tuple(name for name in ours if name not in fits and name not in _FIXED)
 
     def _choose(self, config: DecoderConfig) -> None:
         """What learns: everything but the positions, or with low-rank terms these, the norms, perhaps the prediction.
@@ -179,20 +193,20 @@ class Decoder(nn.Module):
         Raises:
             ConfigError: a random layer would stay random.
         """
-        new = [name for name in self.fresh if not name.startswith(_FIXED)]
         prediction = config.lora is None or config.prediction
         if config.lora is not None:
-            if "embed.weight" in new:
+            if "embed.weight" in self.fresh:
                 raise ConfigError(
                     "objective.decoder.lora: the weights have no decoder, and low-rank terms cannot teach a new one; "
                     "leave it out: null trains the whole decoder"
                 )
-            if new and not prediction:
+            if self.fresh and not prediction:
                 raise ConfigError(
                     "objective.decoder.prediction: the loaded prediction layer does not fit these patches and bands, "
                     "so it starts anew and must learn; set it to true"
                 )
-            lora.insert(self, range(len(self.blocks)), ("q", "v"), config.lora, config.alpha / config.lora)
+            scale = config.alpha / config.lora
+            lora.insert(self, range(len(self.blocks)), ("q", "v"), config.lora, scale, key="objective.decoder")
         for name, parameter in self.named_parameters():
             chosen = config.lora is None or lora.is_lora(name) or is_norm(name)
             chosen = prediction if name.startswith("pred.") else chosen

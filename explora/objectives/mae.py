@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -16,7 +17,11 @@ from explora.objectives.base import Batch, Objective, StepOutput, shares
 from explora.objectives.decoder import Decoder, DecoderConfig
 from explora.schedules import NOTHING, Length, LengthField, Progress
 
+logger = logging.getLogger("explora")
+
 _FRESH_WARMUP = Length(10, "%")
+_LEAST_SEEN, _LEAST_HIDDEN = 4, 0.3
+"""Fewer visible tokens say nothing of an image; with less hidden, a patch follows from the ones around it."""
 
 
 class MAEConfig(Config):
@@ -31,7 +36,7 @@ class MAEConfig(Config):
     decoder: DecoderConfig = DecoderConfig()
     """The decoder, and how much of it learns."""
     head_warmup: LengthField | None = None
-    """For how long only the decoder learns; null is 10 % of the run for a fresh decoder, nothing for a loaded one."""
+    """For how long only the decoder learns; null is 10 % of the run where part of it is fresh, else nothing."""
     backbone_ramp: LengthField = NOTHING
     """Over what length the backbone's learning rate then rises from zero to its schedule."""
     drop_path: float = Field(0.0, ge=0, lt=1)
@@ -44,23 +49,39 @@ class MAE(Objective):
     Args:
         backbone: adapted and frozen where the method says so.
         decoder: the tensors of a checkpoint's decoder under official names; none makes a fresh one.
+        decoder_heads: its attention heads, where the checkpoint says.
 
     Raises:
-        ConfigError: the decoder's settings do not fit, or the mask would hide nothing or everything.
+        ConfigError: the decoder's settings do not fit, the mask would hide nothing or everything, or the backbone's
+            mask token shall learn, which MAE has no use for.
         WeightsError: the decoder's tensors do not fit.
     """
 
     inputs = frozenset({"image", "noise"})
 
-    def __init__(self, config: MAEConfig, backbone: ViT, decoder: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        config: MAEConfig,
+        backbone: ViT,
+        decoder: Mapping[str, Tensor] | None = None,
+        decoder_heads: int | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         backbone.drop_path = config.drop_path
-        self.student = nn.ModuleDict({"backbone": backbone, "decoder": Decoder(config.decoder, backbone, decoder)})
-        default = NOTHING if decoder else _FRESH_WARMUP
+        _leave_out_mask_token(backbone)
+        decodes = Decoder(config.decoder, backbone, decoder, decoder_heads)
+        self.student = nn.ModuleDict({"backbone": backbone, "decoder": decodes})
+        default = _FRESH_WARMUP if self.decoder.fresh else NOTHING
         self.head_warmup = default if config.head_warmup is None else config.head_warmup
-        self._kept(backbone.groups * self.decoder.side**2)
-        self._errors: list[tuple[Tensor, Tensor]] = []  # of this step's micro-batches: ours, and that of the mean
+        tokens = backbone.groups * self.decoder.side**2
+        seen = self._kept(tokens)
+        if seen < _LEAST_SEEN or config.mask_ratio < _LEAST_HIDDEN:
+            logger.warning(
+                "objective.mask_ratio: %g leaves %d of %d tokens visible; usual is 0.75, at least %g and at least %d",
+                *(config.mask_ratio, seen, tokens, _LEAST_HIDDEN, _LEAST_SEEN),
+            )
+        self._errors: list[tuple[Tensor, Tensor]] = []  # of this step's micro-batches: ours, that of each patch's mean
 
     @property
     def backbone(self) -> ViT:
@@ -94,14 +115,17 @@ class MAE(Objective):
         for predicted, patches in zip(predictions, self.decoder.patches(batch["image"]), strict=True):
             wanted = (patches - _mean(patches)) / _deviation(patches) if self.config.norm_pixels else patches
             errors.append((predicted.to(wanted.dtype) - wanted).square().mean(-1))
-            guesses.append(wanted.square().mean(-1))
+            guesses.append((wanted - _mean(wanted)).square().mean(-1))
         loss = torch.cat(errors, 1).gather(1, hidden).mean()
         guess = torch.cat(guesses, 1).gather(1, hidden).mean()
         self._errors.append((loss.detach() * target, guess * target))
         return StepOutput(loss * target, {"reconstruction": loss.detach() * target})
 
     def health(self) -> dict[str, float]:
-        """`explained`: what the prediction saves of the error of predicting the mean, in [.., 1]; at 0 it is blind."""
+        """`explained`: what predictions save of the error of painting each hidden patch in its own mean, at most 1.
+
+        At 0 they are blind. Of this rank's images only, unlike the loss.
+        """
         if not self._errors:
             return {}
         ours, blind = (float(sum(values)) for values in zip(*self._errors, strict=True))
@@ -109,25 +133,27 @@ class MAE(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """`original`, `masked` (hidden patches grey) and `reconstruction` (they are predicted), each (B, C, H, W).
+        """`original`, and with its hidden patches grey `masked`, predicted `reconstruction`, predicted 0 `blind`.
 
-        All in the normalised space of the batch: a prediction gets the mean and deviation of the patch it is for.
+        Each (B, C, H, W) in the normalised space of the batch. With `norm_pixels` a prediction gets the true mean and
+        deviation of the patch it is for, over its channels too, so `blind` has the right brightness: only what differs
+        from it is learnt.
         """
         images, training = batch["image"], self.training
         self.eval()
         predictions, hidden = self._predict(batch, learns=False)
         self.train(training)
         hides = torch.zeros_like(batch["noise"], dtype=torch.bool).scatter(1, hidden, True)
-        masked, rebuilt = [], []
+        named: dict[str, list[Tensor]] = {"masked": [], "reconstruction": [], "blind": []}
         parts = zip(predictions, self.decoder.patches(images), hides.chunk(len(predictions), 1), strict=True)
         for predicted, patches, hide in parts:
-            pixels = predicted.to(patches.dtype)
+            pixels, nothing = predicted.to(patches.dtype), torch.zeros_like(patches)
+            blind = _mean(patches).expand_as(patches) if self.config.norm_pixels else nothing
             if self.config.norm_pixels:
-                pixels = pixels * _deviation(patches) + _mean(patches)
-            masked.append(patches.masked_fill(hide.unsqueeze(-1), 0))
-            rebuilt.append(torch.where(hide.unsqueeze(-1), pixels, patches))
+                pixels = pixels * _deviation(patches) + blind
+            for name, guess in {"masked": nothing, "reconstruction": pixels, "blind": blind}.items():
+                named[name].append(torch.where(hide.unsqueeze(-1), guess, patches))
         grid = self._grid(images)
-        named = {"masked": masked, "reconstruction": rebuilt}
         return {"original": images} | {name: self.decoder.images(part, grid) for name, part in named.items()}
 
     def split(self, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,10 +183,21 @@ class MAE(Objective):
     def _kept(self, tokens: int) -> int:
         hidden = round(tokens * self.config.mask_ratio)
         if not 0 < hidden < tokens:
+            works = f"{1 / tokens:.4g} to {1 - 1 / tokens:.4g} work" if tokens > 1 else "take a larger image"
             raise ConfigError(
-                f"objective.mask_ratio: {self.config.mask_ratio} of {tokens} tokens hides {hidden} of them"
+                f"objective.mask_ratio: {self.config.mask_ratio} of {tokens} tokens hides {hidden} of them; {works}"
             )
         return tokens - hidden
+
+
+def _leave_out_mask_token(backbone: ViT) -> None:
+    """Freeze it where everything learns; refuse it where it was asked for."""
+    whole = all(p.requires_grad for p in backbone.parameters())
+    if backbone.mask_token.requires_grad and not whole:
+        raise ConfigError(
+            "adapt.mask_token: MAE hides patches by leaving them out and has no mask token in the encoder; leave it out"
+        )
+    backbone.mask_token.requires_grad_(False)
 
 
 def _mean(patches_BNP: Tensor) -> Tensor:

@@ -80,9 +80,13 @@ def _dot(axes: Axes, y: float, row: Row, style: dict[str, Any]) -> None:
 
 
 def curves(metrics: Sequence[dict[str, Any]], without: Collection[str] = ()) -> list[tuple[str, Markup]]:
-    """One small figure a logged quantity, as (name, SVG): loss, its parts, the learning rate, the rest."""
+    """One small figure a logged quantity, as (name, SVG): loss, its parts, the learning rate, the rest.
+
+    A part that is all of the loss is not shown beside it.
+    """
     ignored = {"step", "images", "seconds", "epoch", *without}
     found = {key for row in metrics for key, value in row.items() if isinstance(value, int | float)} - ignored
+    found -= {key for key in found - {"loss"} if all(row.get(key) == row.get("loss") for row in metrics)}
     order = [key for key in _FIRST_CURVES if key in found] + sorted(found - set(_FIRST_CURVES))
     figures: list[tuple[str, Markup]] = []
     for key in order[:_MOST_CURVES]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from explora.config import read
 from explora.errors import RunError
 from explora.reporting.rows import Results, Row, gather
 
@@ -19,7 +20,10 @@ ROLES = ("pretrain", "train", "test", "source_train", "source_test")
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage: its summary, its logged steps and how many lines of them were torn, its pictures."""
+    """One training stage: its summary, its logged steps and how many lines of them were torn, its pictures.
+
+    `objective` is what the recorded config says of it; empty where there is none.
+    """
 
     name: str
     summary: dict[str, Any]
@@ -29,6 +33,7 @@ class Stage:
     environment: dict[str, Any]
     pictures: dict[str, np.ndarray]
     has_best: bool
+    objective: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,9 @@ def _stage(folder: Path) -> Stage:
     config, environment = _text(folder / "config.yaml"), _mapping(folder / "environment.json")
     pictures, has_best = _arrays(folder / "pictures.npz"), (folder / "best").is_dir()
     summary = _mapping(folder / "summary.json")
-    return Stage(folder.name, summary, metrics, torn, config, environment, pictures, has_best)
+    given = read(folder / "config.yaml").get("objective") if config is not None else None
+    objective = given if isinstance(given, dict) else {}
+    return Stage(folder.name, summary, metrics, torn, config, environment, pictures, has_best, objective)
 
 
 def _text(path: Path) -> str | None:

@@ -18,7 +18,12 @@ LEAST_USE = 0.05
 LEAST_RANK = 0.5
 """An effective rank under this part of the rank at the start is a collapse of the features."""
 _MOST_PICTURES = 6
-_PICTURES = ("original", "masked", "reconstruction")
+_PICTURES = {
+    "original": "the image",
+    "masked": "the patches that the model saw",
+    "blind": "what a model that says nothing would give",
+    "reconstruction": "what this model gives",
+}
 
 
 class Quantity(NamedTuple):
@@ -33,9 +38,9 @@ QUANTITIES = {
     "knn": Quantity(
         "kNN, %",
         1,
-        "Nearest neighbours, each image left out in turn, by the labels of a few training images. Normal: level "
-        "while only the heads learn, at times a dip as the backbone joins them, then above the dashed line, which is "
-        "the backbone before the first step.",
+        "Nearest neighbours by class token among a few labelled images, each left out in turn. Normal: level while "
+        "only the heads learn, at times a dip as the backbone joins them, then above the dashed line, which is the "
+        "backbone before the first step.",
     ),
     "rankme": Quantity(
         "RankMe",
@@ -72,10 +77,20 @@ QUANTITIES = {
     "explained": Quantity(
         "Explained, %",
         100,
-        "How much of the error of painting every hidden patch in its mean the reconstruction saves. Normal: at or "
+        "How much of the error of painting every hidden patch in its own mean the reconstruction saves. Normal: at or "
         "below 0 while a fresh decoder warms up, then rising and levelling off well below 100.",
     ),
 }
+_UNTRAINED = " MAE's loss does not train the class token directly, so it may lag behind the patches."
+_GIVEN = (
+    "Each hidden patch is given its true mean brightness and contrast; the model predicts only its colour and what "
+    "varies inside it. So light and dark are right whatever it says: a flat grey tile means that nothing was learnt "
+    "there. Normal: colours, edges and large shapes run on through the tiles, blurred; fine texture cannot be known."
+)
+_PREDICTED = (
+    "The model predicts brightness and colour too. Normal: the right colours and large shapes, blurred; fine texture "
+    "cannot be known. Uniform grey or noise means that nothing was learnt."
+)
 KEYS = frozenset({*QUANTITIES, "knn_alarm"})
 
 
@@ -90,13 +105,14 @@ class Watched(NamedTuple):
 
 @dataclass(frozen=True)
 class Health:
-    """What the page shows of one stage: (caption, figure, what is normal), then pictures as rows of addresses."""
+    """What the page shows of one stage: (caption, figure, what is normal), then rows of (name, address) of pictures."""
 
     stage: Stage
     said: str
     alarms: list[str]
     curves: list[tuple[str, Markup, str]]
-    pictures: list[list[str]]
+    pictures: list[list[tuple[str, str]]]
+    filled: str
 
 
 def health(stage: Stage) -> Health | None:
@@ -104,7 +120,8 @@ def health(stage: Stage) -> Health | None:
     curves, pictures = list(_curves(stage)), list(_pictures(stage))
     if not curves and not pictures:
         return None
-    return Health(stage, _said(stage), list(alarms(stage)), curves, pictures)
+    filled = _filled(stage, [name for name, _ in pictures[0]]) if pictures else ""
+    return Health(stage, _said(stage), list(alarms(stage)), curves, pictures, filled)
 
 
 def alarms(stage: Stage) -> Iterator[str]:
@@ -135,6 +152,10 @@ def alarms(stage: Stage) -> Iterator[str]:
 def _said(stage: Stage) -> str:
     """How kNN went, in a sentence or two."""
     seen = _watched(stage)
+    if seen is None and _series(stage, "rankme"):
+        return (
+            "No kNN was measured, because the images have no labels, or too few; so there is no floor and no best step."
+        )
     if seen is None:
         return "No kNN was measured during training, so there is no floor to compare with."
     if seen.floor is None:
@@ -166,17 +187,26 @@ def _curves(stage: Stage) -> Iterator[tuple[str, Markup, str]]:
         elif key == "prototype_use":
             level = LEAST_USE * factor
         normal = quantity.normal + (" The ring marks the best step." if mark else "")
+        normal += _UNTRAINED if key == "knn" and stage.objective.get("name") == "mae" else ""
         svg = figures.curve(key, steps, values * factor, size=(2.8, 1.6), level=level, mark=mark)
         yield quantity.caption, svg, normal
 
 
-def _pictures(stage: Stage) -> Iterator[list[str]]:
-    """For each image: addresses of the original, what the model saw, and what it made of it."""
-    arrays = [stage.pictures[name] for name in _PICTURES if name in stage.pictures]
-    if len(arrays) < len(_PICTURES):
+def _pictures(stage: Stage) -> Iterator[list[tuple[str, str]]]:
+    """For each image: what each picture shows, and its address; runs of old have no `blind`."""
+    if not stage.pictures.keys() >= _PICTURES.keys() - {"blind"}:
         return
-    for row in list(zip(*arrays, strict=False))[:_MOST_PICTURES]:
-        yield [figures.picture(figures.at_most(_rgb(pixels), 256), "jpeg") for pixels in row]
+    found = {said: stage.pictures[name] for name, said in _PICTURES.items() if name in stage.pictures}
+    for row in list(zip(*found.values(), strict=False))[:_MOST_PICTURES]:
+        addresses = [figures.picture(figures.at_most(_rgb(pixels), 256), "jpeg") for pixels in row]
+        yield list(zip(found, addresses, strict=True))
+
+
+def _filled(stage: Stage, shown: list[str]) -> str:
+    """What the pictures show and how to read them; the true mean is given unless the config says otherwise."""
+    order = f"{', '.join(shown[:-1])} and {shown[-1]}"
+    given = _PREDICTED if stage.objective.get("norm_pixels") is False else _GIVEN
+    return f"Random crops of training images. From left to right: {order}. {given}"
 
 
 def _rgb(pixels: np.ndarray) -> np.ndarray:

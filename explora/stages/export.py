@@ -13,21 +13,21 @@ from explora.data import ShardSet
 from explora.errors import ConfigError, DataError, RunError
 from explora.models import ModelConfig, ViT, load_model
 from explora.models.exports import FORMATS, UNKNOWN, Content, Facts, card, new_folder
+from explora.models.files import SIDECAR
 
 logger = logging.getLogger("explora")
 FormatName = Literal["timm", "huggingface", "dinov2", "adapter", "peft", "onnx"]
 _STAGE = "give the folder of a finished pretrain or finetune stage"
-_OR_WEIGHTS = ", a weights file, or a folder of transformers or timm with its config.json"
+_OR_WEIGHTS = ", a weights file, or a folder with config.json of transformers or timm"
 _BACKBONE = "backbone.safetensors"
-_MOST_STAGES = 9
 
 
 def export(run: str | Path, out: str | Path, format: FormatName = "timm") -> Path:
     """Write what a pretraining or fine-tuning run learnt to the new folder `out`, with a model card.
 
     Args:
-        run: the stage's folder, such as runs/x/pretrain; where the format needs no adapter also a weights file, or a
-            folder of transformers or timm.
+        run: the stage's folder, such as runs/x/pretrain; where the format needs no adapter also a weights file or a
+            folder that transformers, timm or another export left.
         out: new folder; it is written whole or not at all.
         format: who is to load it: `timm`, `huggingface` (transformers), `dinov2` (the official repository's keys),
             `adapter` (only what was trained, for explora), `peft` (the same for peft), `onnx`.
@@ -40,7 +40,8 @@ def export(run: str | Path, out: str | Path, format: FormatName = "timm") -> Pat
     if format not in FORMATS:
         raise RunError(f"no format '{format}'; known: {', '.join(FORMATS)}")
     writer = FORMATS[format]
-    alone = run.is_file() or ((run / "config.json").is_file() and not (run / _BACKBONE).exists())
+    described = any((run / name).is_file() for name in ("config.json", SIDECAR))
+    alone = run.is_file() or (described and not (run / _BACKBONE).exists())
     weights = run if alone else run / _BACKBONE
     if alone and writer.needs_adapter:
         raise RunError(f"{run}: the format '{format}' holds what was trained, not a backbone; {_STAGE}")
@@ -147,12 +148,14 @@ def _data(config: Mapping[str, Any], summary: Mapping[str, Any], stage: Path) ->
 def _earlier(config: Mapping[str, Any], stage: Path) -> dict[str, str]:
     """A row for each stage that the weights went through before this one, the latest first."""
     rows: dict[str, str] = {}
+    seen = [stage]
     while (weights := Path(str(config["model"]["weights"]))).name == _BACKBONE:
         name = f"earlier stage {len(rows) + 1}"
         before = _stage_before(weights, config, stage)
-        if before is None or len(rows) == _MOST_STAGES:
+        if before is None or before in seen:
             return rows | {name: f"`{_short(weights)}`: not known, its folder is no longer there"}
         stage, config = before, configs.parse(before / "config.yaml")
+        seen.append(stage)
         summary = _json(stage / "summary.json")
         data = _data(config, summary, stage)
         done = f"{_kind(config, summary)} ({config['objective']['name']}, {config['adapt']['name']})"

@@ -26,7 +26,6 @@ from explora.stages.training import (
     TrainingSection,
     announce,
     export,
-    families,
     fit_views,
     fitted,
     logger,
@@ -101,8 +100,8 @@ def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None
             logger.info("%s: already finished", config.out)
             return Trained.of(run, run.summary)
         announce(loaded.vit, loaded.account)
-        if isinstance(objective, MAE) and objective.decoder.fresh:
-            logger.info("decoder: begins anew: %s", ", ".join(families(objective.decoder.fresh)))
+        if isinstance(objective, MAE) and objective.decoder.anew:
+            logger.info("weights: %s", objective.decoder.anew)
         summary = train(
             run, config, config.seed, objective, shards, "pretrain", _monitor(config, objective, run.folder)
         )
@@ -129,7 +128,7 @@ def build(section: PretrainSection, source: Loaded) -> Objective:
             "anew and must learn; set it to true"
         )
     if isinstance(section.objective, MAEConfig):
-        return MAE(section.objective, vit, source.decoder)
+        return MAE(section.objective, vit, source.decoder, source.decoder_heads)
     if vit.groups > 1:
         raise ConfigError("objective.name: 'dinov2' masks whole patches, not channel groups; use 'mae' with them")
     return DINOv2(section.objective, vit, section.batch_size, section.batch_size // section.micro_batches)

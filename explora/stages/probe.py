@@ -183,7 +183,7 @@ class _Probed:
     def __init__(self, config: ProbeConfig, folder: Path, name: str, model: ProbedModel) -> None:
         self.config, self.name, self.knows_labels = config, name, model.head is not None
         seeded(config.seed)
-        self.vit, account, _ = load_model(model)
+        self.vit, account, *_ = load_model(model)
         logger.info("%s: %s, %s", name, self.vit.name, account or "random weights")
         self.hash = fingerprint(self.vit.state_dict())
         refuse_channels(self.vit)

@@ -17,6 +17,7 @@ from explora import config as configs
 from explora.adapt import AnyMethod, Method
 from explora.config import Config
 from explora.data import AnyViews, ShardSet, Stream, Views
+from explora.distributed import precision_on
 from explora.engine import LoopConfig, Monitor, OptimConfig, Optimizer, Outcome, Training, parameter_groups
 from explora.errors import ConfigError
 from explora.models import Account, Loaded, ModelConfig, ViT, load_model
@@ -65,6 +66,17 @@ class TrainingSection(Config):
         if self.batch_size % self.micro_batches:
             raise ValueError(f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} micro_batches")
         return self
+
+    def stream(self, shards: ShardSet, seed: int) -> Stream:
+        """The micro-batches of the run, in its order."""
+        return Stream(
+            shards,
+            self.views,
+            batch_size=self.batch_size,
+            seed=seed,
+            workers=self.workers,
+            micro_batches=self.micro_batches,
+        )
 
 
 class TrainingPlace(Config):
@@ -196,14 +208,7 @@ def train(
     """Train to the end and export the result; returns the summary, which the caller writes last."""
     progress = progress_of(config, shards)
     optimizer = Optimizer(config.optim, objective, config.batch_size)
-    stream = Stream(
-        shards,
-        config.views,
-        batch_size=config.batch_size,
-        seed=seed,
-        workers=config.workers,
-        micro_batches=config.micro_batches,
-    )
+    stream = config.stream(shards, seed)
     training = Training(config.loop, run, objective, optimizer, stream, config.views, progress, seed, monitor)
     objective.to(training.device)
     counts = parameter_counts(objective)
@@ -229,6 +234,7 @@ def train(
         "steps": progress.steps,
         "images": images,
         "images_per_second": round(images / outcome.seconds, 2),
+        "precision": precision_on(training.device, config.loop.precision),
         "skipped_steps": outcome.skipped,
         "alpha_over_rank": config.adapt.scale,
         "trained": families(learning(objective.backbone)),

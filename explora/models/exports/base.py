@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,13 +24,11 @@ class Content:
     """What there is to export."""
 
     vit: ViT
-    """The merged plain backbone, in eval mode."""
-    mean: tuple[float, ...]
-    """Channel means of images in [0, 1], as in training."""
-    std: tuple[float, ...]
-    """Channel standard deviations, as in training."""
+    """The merged plain backbone, in eval mode; it carries mean and std of its images, and its source."""
     licence: str
     """That of the source weights."""
+    inferred: bool = False
+    """Whether the licence follows from the names of the tensors alone."""
     adapter: Path | None = None
     """adapter.safetensors of the stage, where there is one."""
     source: str | None = None
@@ -73,7 +71,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() or out.is_symlink():
         raise RunError(f"{out}: exists already; give the name of a new folder")
     made = [path for path in out.parents if not path.exists()]
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
@@ -114,6 +112,6 @@ def batch(content: Content) -> str:
     vit = content.vit
     return f"""\
 pixels = torch.zeros(2, {vit.channels}, {vit.image_size}, {vit.image_size}, dtype=torch.uint8)  # your images
-mean = torch.tensor({list(content.mean)}).view(-1, 1, 1)
-std = torch.tensor({list(content.std)}).view(-1, 1, 1)
+mean = torch.tensor({list(vit.mean)}).view(-1, 1, 1)
+std = torch.tensor({list(vit.std)}).view(-1, 1, 1)
 images = (pixels / 255 - mean) / std"""

@@ -24,11 +24,15 @@ class Facts:
     stage: str | None = None
     """`pretrain`, `finetune`, or None for a weights file without a run."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """name, samples and fingerprint of the shards, as far as they are known."""
+    """name, samples and fingerprint of the shards, as far as they are known; rows about earlier stages."""
+    bands: str | None = None
+    """What the channels of the training images were, where somebody knows."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """What was done, a word for each line."""
     results: Sequence[Mapping[str, Any]] = ()
     """Rows of results.jsonl about this model."""
+    watched: str | None = None
+    """What the run's own monitor saw, as a sentence."""
     baseline: str | None = None
     """The model that `difference` in the results refers to."""
     notes: Sequence[str] = ()
@@ -71,7 +75,7 @@ def _what(facts: Facts, content: Content) -> str:
         "blocks, width": f"{vit.depth}, {vit.width}",
         "image": f"{vit.image_size} px square, patches of {vit.patch_size} px",
         "position embedding": f"{vit.position_mode} resampling" if vit.pos_embed is not None else "rotary",
-        "training started from": _source(facts, content),
+        "began as": _source(facts, content),
     }
     return text + _table(rows)
 
@@ -88,9 +92,10 @@ def _source(facts: Facts, content: Content) -> str:
 def _data(facts: Facts, content: Content) -> str:
     channels = content.vit.channels
     rows = dict(facts.data)
-    rows["bands"] = "red, green, blue" if channels == 3 else f"{channels} channels, in the order of the shards"
-    scaled = "uint8, divided by 255, " if channels == 3 else ""
-    rows |= {"units": f"{scaled}minus mean, divided by std", "mean": content.mean, "std": content.std}
+    unknown = f"{channels} channels, in the order of the training images; bands are not recorded"
+    scaled = "uint8, divided by 255, " if facts.bands else ""
+    rows |= {"bands": facts.bands or unknown, "units": f"{scaled}minus mean, divided by std"}
+    rows |= {"mean": content.vit.mean, "std": content.vit.std}
     return ("" if facts.data else "What it was trained on is not known here.\n\n") + _table(rows)
 
 
@@ -107,22 +112,30 @@ def _licence(facts: Facts, content: Content) -> str:
             f"Unknown. The licence of the weights that training started from ({started}) is not recorded, and it "
             "governs these weights too: find it out before you pass them on."
         )
-    return f"The weights that training started from, {started}, are under {content.licence}; it governs these too."
+    if content.inferred:
+        return (
+            f"{content.licence} is what the publisher of such weights gives; it is inferred from the names of the "
+            f"tensors, so check where your file came from. It governs these weights too: they began as {started}."
+        )
+    return f"The source weights are under {content.licence}, which governs these too: they began as {started}."
 
 
 def _metrics(facts: Facts) -> str:
     if not facts.results:
-        return "Not measured: no probe's results lie beside this run."
-    head = ["data", "evaluator", "top-1, %", "95 % interval", f"against {facts.baseline}"]
+        return f"Not measured by a probe: no results lie beside this run. {facts.watched or ''}".strip()
+    head = ["data", "evaluator", "top-1, %", "95 % interval", f"against {facts.baseline}", "test images"]
     lines = [head, ["---"] * len(head)]
     for row in facts.results:
         difference = "" if row["difference"] is None else f"{row['difference']:+.1f} " + _interval(row, "difference_")
-        lines.append([row["data"], row["evaluator"], f"{row['value']:.1f}", _interval(row), difference])
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return (
-        f"{rows}\n\nTest images: {', '.join(sorted({str(row['n']) for row in facts.results}))}. `target` is the new "
-        "imagery, `source` what the model knew before; differences are paired over the same images."
-    )
+        value = f"{row['value']:.1f}"
+        lines.append([row["data"], row["evaluator"], value, _interval(row), difference, str(row["n"])])
+    said = [
+        "`target` is the new imagery, `source` what the model knew before; differences are paired over the same images."
+    ]
+    if any(row["evaluator"] == "head" for row in facts.results):
+        said.append("`head` is the run's own classifier on this backbone; it is not in this folder.")
+    said += [facts.watched] if facts.watched else []
+    return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in lines), *said])
 
 
 def _interval(row: Mapping[str, Any], prefix: str = "") -> str:

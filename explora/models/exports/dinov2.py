@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import torch
 
+from explora.models.export import facts_of
 from explora.models.exports.base import Content, Format, batch, reading
+from explora.models.files import SIDECAR
 from explora.models.formats import dinov2
 
 
 class DINOv2Keys(Format):
-    """model.pth: a flat dict of tensors, which `weights_only=True` reads."""
+    """model.pth, a flat dict of tensors, which `weights_only=True` reads; explora.json says what they cannot."""
 
     library = "pytorch"
 
@@ -21,6 +24,7 @@ class DINOv2Keys(Format):
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
         (folder / "model.pth").write_bytes(buffer.getbuffer())
+        (folder / SIDECAR).write_text(json.dumps(facts_of(content.vit), indent=2) + "\n")
 
     def code(self, content: Content) -> str:
         return f"""\
@@ -34,3 +38,9 @@ model = {reading(content.vit, 'f"{folder}/model.pth"')}
 with torch.no_grad():
     tokens = model([images])[0]
 cls, patches = tokens.cls_BD, tokens.patches_BND"""
+
+    def limits(self, content: Content) -> list[str]:
+        return [
+            "model.pth cannot say its licence, mean, std or how positions are resampled: keep explora.json beside it, "
+            "which explora reads."
+        ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from explora.models.export import facts_of
 from explora.models.exports.base import Content, Format, batch, write_safetensors
 from explora.models.formats import huggingface
+from explora.models.weights import METADATA_KEY
 
 
 class HuggingFace(Format):
@@ -26,10 +28,10 @@ class HuggingFace(Format):
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
-            "image_mean": list(content.mean),
-            "image_std": list(content.std),
+            "image_mean": list(content.vit.mean),
+            "image_std": list(content.vit.std),
         }
-        config = huggingface.config(content.vit)
+        config = {**huggingface.config(content.vit), METADATA_KEY: facts_of(content.vit)}
         write_safetensors(folder / "model.safetensors", huggingface.write(content.vit))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if content.vit.channels == 3:

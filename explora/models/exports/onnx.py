@@ -52,8 +52,8 @@ import onnxruntime
 folder = "."  # where this file lies
 session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
 pixels = np.zeros((2, {vit.channels}, {vit.image_size}, {vit.image_size}), dtype=np.uint8)  # your images
-mean = np.array({list(content.mean)}, dtype=np.float32).reshape(-1, 1, 1)
-std = np.array({list(content.std)}, dtype=np.float32).reshape(-1, 1, 1)
+mean = np.array({list(vit.mean)}, dtype=np.float32).reshape(-1, 1, 1)
+std = np.array({list(vit.std)}, dtype=np.float32).reshape(-1, 1, 1)
 images = (pixels.astype(np.float32) / 255 - mean) / std
 cls, patches = session.run(["cls", "patches"], {{"images": images}})"""
 

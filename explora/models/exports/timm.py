@@ -33,8 +33,8 @@ class Timm(Format):
                 "fixed_input_size": fixed,
                 "interpolation": "bicubic",
                 "crop_pct": 1.0,
-                "mean": list(content.mean),
-                "std": list(content.std),
+                "mean": list(vit.mean),
+                "std": list(vit.std),
                 "first_conv": "patch_embed.proj",
                 "classifier": "head",
                 "license": content.licence,
@@ -57,7 +57,7 @@ with torch.no_grad():
     cls, patches = model.forward_head(tokens), tokens[:, model.num_prefix_tokens :]"""
 
     def limits(self, content: Content) -> list[str]:
-        lines = ["timm has no place for the mask token, which is left out: pretraining cannot go on from here."]
+        lines = ["timm has no place for the mask token, which is left out: pretraining begins with a new one."]
         if content.vit.position_mode == "official":
             lines.append(
                 f"At sizes other than {content.vit.image_size} px timm resamples positions by its own rule "

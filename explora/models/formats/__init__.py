@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from explora.errors import WeightsError
-from explora.models.formats import dinov2, dinov3, explora_release, huggingface, mae, timm
-from explora.models.formats.checkpoint import UNKNOWN, Architecture, Checkpoint, Tensors
+from explora.models.files import WeightsFile
+from explora.models.formats import dinov2, dinov3, explora_release, huggingface, mae, own, timm
+from explora.models.formats.checkpoint import UNKNOWN, Architecture, Checkpoint, Source, Tensors
 
 __all__ = [
     "UNKNOWN",
     "Architecture",
     "Checkpoint",
+    "Source",
     "dinov2",
     "dinov3",
     "explora_release",
     "huggingface",
     "mae",
+    "own",
     "read",
     "timm",
 ]
 
 
-def read(tensors: Tensors, config: Mapping[str, Any] | None = None, wrapper: str | None = None) -> Checkpoint:
-    """Bring a checkpoint under our names and tell its architecture from them.
-
-    Args:
-        tensors: without wrappers and prefixes such as `module.` or `backbone.`.
-        config: the config.json of a folder of `transformers` or timm.
-        wrapper: the outer key in a .pth file, which tells an MAE encoder from other plain ViTs.
+def read(file: WeightsFile) -> Checkpoint:
+    """Bring a checkpoint under our names and tell its architecture, from our metadata or else from the names.
 
     Raises:
-        WeightsError: no backbone, or one of a kind that is not read.
+        WeightsError: no backbone, one of a kind that is not read, or damaged metadata.
     """
-    _check_dimensions(tensors)
+    _check_dimensions(file.tensors)
+    if file.metadata:
+        facts = own.facts(file.metadata, file.name)
+        return own.described(Checkpoint("explora", Architecture(None), dict(file.tensors)), facts, file.name)
+    found = _by_names(file)
+    return own.described(found, own.facts(file.described, file.name), file.name) if file.described else found
+
+
+def _by_names(file: WeightsFile) -> Checkpoint:
+    tensors, config = file.tensors, file.config
     if config is not None and "architecture" in config:
         return timm.folder(tensors, config)
     if config is not None or huggingface.matches(tensors):
-        return huggingface.read(tensors, config)
+        return huggingface.read(tensors, config, file.preprocessor)
     if dinov3.matches(tensors):
-        return dinov3.read(tensors)
+        return dinov3.read(tensors, file.name)
     if not any(name.startswith("patch_embed.") for name in tensors):
         some = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(tensors.items())[:3])
         raise WeightsError(f"no backbone in these weights, perhaps a head alone: {some}")
@@ -48,7 +52,7 @@ def read(tensors: Tensors, config: Mapping[str, Any] | None = None, wrapper: str
         return explora_release.read(tensors)
     if dinov2.matches(tensors):
         return dinov2.read(tensors)
-    return mae.read(tensors) if mae.matches(tensors, wrapper) else timm.read(tensors)
+    return mae.read(tensors, file.name) if mae.matches(tensors, file.wrapper) else timm.read(tensors)
 
 
 _ROWS = {

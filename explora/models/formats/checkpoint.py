@@ -5,16 +5,30 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from explora.errors import WeightsError
+from explora.models.positions import PositionMode
 
 Tensors = Mapping[str, Tensor]
-PositionMode = Literal["timm", "official"]
+Scale = tuple[float, ...]
 Value = int | float | bool | str
 UNKNOWN = "unknown; see where the file came from"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of a model came from."""
+
+    format: str
+    """dinov2, mae, timm, huggingface/dinov2, dinov3, explora-release, ..."""
+    file: str
+    """The file's or folder's name, without its place."""
+    licence: str
+    inferred: bool = False
+    """Whether the licence is the one that the publisher of such weights gives, and the file itself says none."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +42,16 @@ class Architecture:
     options: Mapping[str, Value] = field(default_factory=dict)
     positions: PositionMode = "timm"
     channel_groups: tuple[tuple[int, ...], ...] | None = None
+    mean: Scale | None = None
+    """Channel mean of images in [0, 1] that the weights expect; None: the architecture's own."""
+    std: Scale | None = None
+    """Their standard deviation; given wherever the mean is."""
     recorded: bool = False
     """Whether the file itself says so, and nothing was inferred."""
+    sure_of_mean: bool = True
+    """Whether all published weights of these names and shapes have the same mean and std."""
+    guesses: tuple[str, ...] = ()
+    """What else was assumed, as sentences; `model.name` and `model.options` would say it."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +64,17 @@ class Checkpoint:
     """Under our names."""
     decoder: dict[str, Tensor] = field(default_factory=dict)
     """An MAE decoder under official names; its mask token is `decoder_mask_token`."""
+    decoder_heads: int | None = None
+    """Its attention heads, where the file says."""
     ignored: tuple[str, ...] = ()
     """Tensors of the file that this format has and a backbone has no use for."""
     licence: str = UNKNOWN
+    inferred: bool = False
+    """See `Source`."""
     notes: tuple[str, ...] = ()
     """What a user of these weights should know."""
-    guesses: tuple[str, ...] = ()
-    """What was assumed that `model.name` would say."""
+    source: Source | None = None
+    """What our own metadata says; None: the format, the file and the licence above."""
 
 
 class Known(NamedTuple):
@@ -73,6 +99,23 @@ class Family(NamedTuple):
     known: Sequence[Known]
     registers: str = "reg_tokens"
     """timm's name for the number of registers."""
+
+    def heads(self, width: int) -> int | None:
+        """What published models of a width have; None where none is known."""
+        return next((one.heads for one in self.known if one.width == width), _HEADS.get(width))
+
+
+_HEADS = {1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 4096: 32}
+"""By width, for families that have no member of it; So400m, H, g, DINOv2's g, G and DINOv3's 7B. Others: width / 64."""
+
+POOLED = "fc_norm, trained on the mean of the patch tokens, stands here as the final norm of every token"
+
+
+def pooled(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """`fc_norm` as `norm` where a classifier of mean tokens has only the former, and the note that says so."""
+    if "fc_norm.weight" not in tensors or "norm.weight" in tensors:
+        return tensors, ()
+    return {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in tensors.items()}, (POOLED,)
 
 
 def shape(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
@@ -99,7 +142,7 @@ def architecture(
 
     Args:
         tensors: under our names.
-        heads: attention heads where the file says them; otherwise those of a known size, or width / 64.
+        heads: attention heads where the file says them; otherwise those of a known size, or a guess by the width.
 
     Raises:
         WeightsError: the names are not those of a vision transformer.
@@ -115,11 +158,16 @@ def architecture(
     asked = Known("", width, depth, 0, hidden, patch, registers, swiglu, scaled, qkv_bias)
     known = min(family.known, key=lambda one: _distance(one, asked))
     size = image_size(tensors, patch)
-    same_size = (known.width, known.depth) == (width, depth)
-    heads = heads or (known.heads if same_size else width // 64 if width % 64 == 0 else None)
-    if heads is None:
+    guesses: tuple[str, ...] = ()
+    if heads is None and all((one.width, one.depth) != (width, depth) for one in family.known):
+        usual = family.heads(width)
+        rule = f"{usual}, as in published models of width {width}" if usual else "width / 64"
+        guesses = (f"heads taken as {rule}, unless model.options.num_heads says another number",)
+    heads = heads or family.heads(width) or (width // 64 if width % 64 == 0 else None)
+    if heads is None or known.swiglu != swiglu:
         return Architecture(None, size, positions=positions)
-    return Architecture(known.name, size, _options(known, asked._replace(heads=heads), family, channels), positions)
+    options = _options(known, asked._replace(heads=heads), family, channels)
+    return Architecture(known.name, size, options, positions, guesses=guesses)
 
 
 def image_size(tensors: Tensors, patch: int) -> int | None:
@@ -163,8 +211,6 @@ def _options(known: Known, asked: Known, family: Family, channels: int) -> dict[
             options[key] = getattr(asked, name)
     if known.hidden * asked.width != asked.hidden * known.width:
         options["mlp_ratio"] = _ratio(asked)
-    if known.swiglu != asked.swiglu:
-        options |= {"swiglu_mlp": asked.swiglu, "swiglu_align_to": 8}
     if asked.layer_scale and not known.layer_scale:
         options["init_values"] = 1e-5
     if channels != 3:
@@ -176,6 +222,29 @@ def _ratio(asked: Known) -> float:
     """The ratio from which timm's `int(width * ratio)` gives exactly the hidden width."""
     ratio = asked.hidden / asked.width
     return ratio if int(asked.width * ratio) == asked.hidden else (asked.hidden + 0.5) / asked.width
+
+
+def scale(config: Mapping[str, Any], *keys: str) -> tuple[Scale | None, Scale | None]:
+    """Mean and std of a config, (None, None) where it has none.
+
+    Args:
+        keys: what it calls the two.
+
+    Raises:
+        WeightsError: they are no positive numbers, one for each channel.
+    """
+    found = [config.get(key) for key in keys]
+    if found == [None, None]:
+        return None, None
+    numbers = all(
+        isinstance(one, list | tuple) and all(isinstance(value, int | float) for value in one) for one in found
+    )
+    if not numbers or len(found[0] or ()) != len(found[1] or ()) or min(found[1] or (0,)) <= 0:
+        raise WeightsError(
+            f"{' and '.join(keys)} are {found[0]!r} and {found[1]!r}, expected a number for each channel"
+        )
+    mean, std = (tuple(float(value) for value in one or ()) for one in found)
+    return mean, std
 
 
 def setting(config: Mapping[str, Any], key: str, kind: type[Any]) -> Any:

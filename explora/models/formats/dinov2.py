@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from explora.errors import WeightsError
@@ -42,12 +44,17 @@ def read(tensors: Tensors) -> Checkpoint:
     found = rename(unchunked(tensors), _NAMES)
     ignored = tuple(name for name in found if _HEADS.match(name))
     ours = fold({name: tensor for name, tensor in found.items() if name not in ignored})
-    return Checkpoint("dinov2", infer(ours), ours, ignored=ignored, licence=LICENCE)
+    shaped = replace(infer(ours), sure_of_mean=False) if ignored else infer(ours)
+    return Checkpoint("dinov2", shaped, ours, ignored=ignored, licence=LICENCE, inferred=True)
 
 
 def infer(ours: Tensors, heads: int | None = None) -> Architecture:
-    """The architecture; without registers positions are resampled in the official way."""
-    return architecture(ours, FAMILY, heads=heads, positions="timm" if "reg_token" in ours else "official")
+    """The architecture; without registers positions are resampled in the official way.
+
+    Weights of other sizes than the released ones, which are for images of 518 px, may come from any images.
+    """
+    shaped = architecture(ours, FAMILY, heads=heads, positions="timm" if "reg_token" in ours else "official")
+    return replace(shaped, sure_of_mean=shaped.image_size == 518 and not shaped.options)
 
 
 def unchunked(tensors: Tensors) -> dict[str, Tensor]:
@@ -94,34 +101,47 @@ def write(vit: ViT) -> dict[str, Tensor]:
     return rename(unfolded(vit), theirs)
 
 
-_PARTS = re.compile(
-    r"cls_token|reg_token|pos_embed|mask_token|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)|"
-    r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)|blocks\.\d+\.ls[12]\.gamma"
-)
+_LAYERS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
 def suits(vit: ViT, what: str, *, scaled: bool = True) -> bool:
     """Whether the MLP of a model that DINOv2's or the ViT's layout can hold is a gated one.
 
     Raises:
-        WeightsError: no class token or positions, registers with positions, another MLP, parts with no place there.
+        WeightsError: parts that are not there or have no place there, other norms or another MLP, registers with
+            positions.
     """
     state = vit.state_dict()
-    needed = ["cls_token", "pos_embed", "blocks.0.attn.qkv.bias", *["blocks.0.ls1.gamma"] * scaled]
-    strange = [name for name in state if not _PARTS.fullmatch(name)]
+    needed = _parts(vit.depth, scaled=scaled)
+    strange = [name for name in state if name not in {*needed, "reg_token"}]
     lacking = [name for name in needed if name not in state]
     reasons = [f"has no place for {', '.join(strange[:3])}"] if strange else []
-    reasons += [f"needs {', '.join(lacking)}"] if lacking else []
+    reasons += [f"needs {', '.join(lacking[:3])}"] if lacking else []
+    if other := {type(norm).__name__ for norm in _norms(vit) if not isinstance(norm, nn.LayerNorm)}:
+        reasons.append(f"has LayerNorm where this model has {', '.join(sorted(other))}")
     if not reasons:
         block: Any = vit.blocks[0]
-        act, gate = block.mlp.act, gated(state)
-        if not (isinstance(act, nn.SiLU) if gate else isinstance(act, nn.GELU) and act.approximate == "none"):
+        act, gate, x = block.mlp.act, gated(state), torch.linspace(-4, 4, 65, device="cpu")
+        if not torch.equal(act(x.clone()), (F.silu if gate else F.gelu)(x)):  # timm has classes of its own for both
             reasons.append(f"has no MLP with {type(act).__name__}")
         if vit.embeds_prefix == ("reg_token" in state):
             reasons.append("has positions for the class token and the patches, never for registers")
     if reasons:
         raise WeightsError(f"{vit.name} cannot be written as {what}, which {' and '.join(reasons)}")
     return gate
+
+
+def _parts(depth: int, *, scaled: bool) -> list[str]:
+    """Names that every such model has; registers may join them."""
+    layers = [f"blocks.{block}.{layer}" for block in range(depth) for layer in _LAYERS]
+    both = [f"{layer}.{part}" for layer in ("patch_embed.proj", *layers, "norm") for part in ("weight", "bias")]
+    scales = [f"blocks.{block}.{scale}.gamma" for block in range(depth * scaled) for scale in ("ls1", "ls2")]
+    return ["cls_token", "pos_embed", "mask_token", *both, *scales]
+
+
+def _norms(vit: ViT) -> list[nn.Module]:
+    blocks: Any = vit.blocks
+    return [norm for block in blocks for norm in (block.norm1, block.norm2)] + [vit.norm]
 
 
 def gated(state: Tensors) -> bool:

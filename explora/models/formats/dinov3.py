@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from explora.errors import WeightsError
-from explora.models.formats.checkpoint import Checkpoint, Family, Known, Tensors, architecture, rename
+from explora.models.formats.checkpoint import Architecture, Checkpoint, Family, Known, Tensors, architecture, rename
+from explora.models.vit import timm
 
 LICENCE = "DINOv3 License"
 _SIZES = (
@@ -43,8 +46,11 @@ def matches(tensors: Tensors) -> bool:
     return "storage_tokens" in tensors or "rope_embed.periods" in tensors
 
 
-def read(tensors: Tensors) -> Checkpoint:
+def read(tensors: Tensors, file: str = "") -> Checkpoint:
     """Registers, scales and gates under timm's names; `qkv.bias` without the keys' third, which is masked.
+
+    Args:
+        file: its name, which tells what the 7B was trained on.
 
     Raises:
         WeightsError: rotary periods or a bias of the keys that timm's model does not have.
@@ -62,7 +68,40 @@ def read(tensors: Tensors) -> Checkpoint:
             ours |= {name.replace("qkv.bias", "q_bias"): query, name.replace("qkv.bias", "v_bias"): value}
         else:
             ours[name] = tensor
-    return Checkpoint("dinov3", architecture(ours, FAMILY), ours, ignored=ignored, licence=LICENCE)
+    heads = _heads(tensors)
+    shaped = _trained_on(architecture(ours, FAMILY, heads=heads), file, untied="local_cls_norm.weight" in ignored)
+    return Checkpoint("dinov3", shaped, ours, ignored=ignored, licence=LICENCE, inferred=True)
+
+
+def infer(ours: Tensors) -> Architecture:
+    """The architecture of a file in timm's names, which do not tell SAT-493M from LVD-1689M."""
+    shaped = architecture(ours, FAMILY)
+    return replace(shaped, sure_of_mean=not shaped.options and not _on_satellites(shaped))
+
+
+def _trained_on(shaped: Architecture, file: str, *, untied: bool) -> Architecture:
+    """With the tag of SAT-493M where the file is one: of the two ViT-L it has the untied norm; else by its name."""
+    if shaped.name is None or shaped.options or not (tag := _on_satellites(shaped)):
+        return replace(shaped, sure_of_mean=not shaped.options or "lvd1689m" in file)
+    large = shaped.name.startswith("vit_large")
+    if "sat493m" in file or (large and untied and "lvd1689m" not in file):
+        known: Any = timm.get_pretrained_cfg(tag)
+        return replace(shaped, name=tag, mean=tuple(known.mean), std=tuple(known.std))
+    return replace(shaped, sure_of_mean=large or "lvd1689m" in file)
+
+
+def _on_satellites(shaped: Architecture) -> str | None:
+    """timm's tag for the weights of SAT-493M, if that size has them."""
+    tag = f"{shaped.name}.sat493m"
+    return tag if tag in timm.list_pretrained(f"{shaped.name}.*") else None
+
+
+def _heads(tensors: Tensors) -> int | None:
+    """A head has four elements a rotary period: sine and cosine of both axes."""
+    width, periods = tensors.get("norm.weight"), tensors.get("rope_embed.periods")
+    if width is None or periods is None or periods.numel() == 0 or width.numel() % (4 * periods.numel()):
+        return None
+    return width.numel() // (4 * periods.numel())
 
 
 def _check_periods(tensors: Tensors) -> None:

@@ -14,6 +14,7 @@ from explora.models.formats.checkpoint import Checkpoint, Tensors
 
 _SPLIT = re.compile(r"\.attn\.(q_proj|k_proj|v_proj)\.(weight|bias)$")
 _LORA = re.compile(r"\.lora_")
+_PROJECTION = re.compile(r"(\.attn\.[qkv]_proj)\.lora_.*$")
 
 
 def matches(tensors: Tensors) -> bool:
@@ -24,18 +25,26 @@ def matches(tensors: Tensors) -> bool:
 def read(tensors: Tensors) -> Checkpoint:
     """The merged `qkv` is what counts; its thirds must be the projections beside it.
 
+    Low-rank factors may have stayed beside a projection that they were merged into.
+
     Raises:
-        WeightsError: they are not, or low-rank factors are there (the file was saved before merging).
+        WeightsError: they are not (the file was saved before merging), or factors of another layer are there.
     """
-    if any(_LORA.search(name) for name in tensors):
-        raise WeightsError("these ExPLoRA weights still hold low-rank factors; save them merged, as official ones are")
     short = dinov2.unchunked(tensors)
     split = tuple(name for name in short if _SPLIT.search(name))
     for name in split:
         _check(name, short)
-    rest = {name: tensor for name, tensor in short.items() if name not in split}
+    factors = tuple(name for name in short if _LORA.search(name))
+    for name in factors:
+        if _PROJECTION.sub(r"\1.weight", name) not in split:
+            raise WeightsError(
+                f"these ExPLoRA weights still hold low-rank factors, and nothing shows that {name} was merged; save "
+                "them merged, as official ones are"
+            )
+    rest = {name: tensor for name, tensor in short.items() if name not in {*split, *factors}}
     found = dinov2.read(rest) if dinov2.matches(rest) else mae.read(rest)
-    return replace(found, format="explora-release", ignored=(*found.ignored, *split))
+    shaped = replace(found.architecture, sure_of_mean=False)
+    return replace(found, format="explora-release", architecture=shaped, ignored=(*found.ignored, *split, *factors))
 
 
 def _check(name: str, tensors: Tensors) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,17 @@ from torch import Tensor, nn
 
 from explora.errors import WeightsError
 from explora.models.formats import dinov2, mae, timm
-from explora.models.formats.checkpoint import UNKNOWN, Checkpoint, Tensors, architecture, rename, setting
+from explora.models.formats.checkpoint import (
+    UNKNOWN,
+    Architecture,
+    Checkpoint,
+    Scale,
+    Tensors,
+    architecture,
+    rename,
+    scale,
+    setting,
+)
 from explora.models.vit import ViT
 
 _OUTER = {
@@ -50,7 +61,9 @@ _DECODER = {
     "decoder.decoder_encoder.layer": "decoder_blocks",
     **{theirs: ours for theirs, ours in _VIT.items() if theirs not in _OUTER},
 }
-_KINDS = ("dinov2", "dinov2_with_registers", "vit", "vit_mae")
+_CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel", "vit": "ViTModel"}
+"""What is written, by model type."""
+_KINDS = (*_CLASSES, "vit_mae")
 _PREFIX = re.compile(r"^(dinov2_with_registers|dinov2|vit)\.")
 _IGNORED = re.compile(r"^(pooler|classifier)\.")
 _THIRD = re.compile(r"attention\.attention\.(query|key|value)\.")
@@ -62,18 +75,21 @@ def matches(tensors: Tensors) -> bool:
     return any("embeddings.patch_embeddings.projection." in name for name in tensors)
 
 
-def read(tensors: Tensors, config: Mapping[str, Any] | None) -> Checkpoint:
+def read(
+    tensors: Tensors, config: Mapping[str, Any] | None = None, preprocessor: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """Names of `transformers` to ours; heads come from config.json, or from the width where there is none.
+
+    Args:
+        preprocessor: preprocessor_config.json, which has mean and std.
 
     Raises:
         WeightsError: another model type, or a setting that our forward pass does not have.
     """
     short = {_PREFIX.sub("", name): tensor for name, tensor in tensors.items()}
     kind = _kind(short) if config is None else setting(config, "model_type", str)
-    if kind not in {"dinov2", "dinov2_with_registers", "vit", "vit_mae"}:
-        raise WeightsError(
-            f"config.json: model_type '{kind}' is not read; known: dinov2, dinov2_with_registers, vit, vit_mae"
-        )
+    if kind not in _KINDS:
+        raise WeightsError(f"config.json: model_type '{kind}' is not read; known: {', '.join(_KINDS)}")
     notes, heads = _settings(config) if config is not None else ((), None)
     ignored = tuple(name for name in short if _IGNORED.match(name))
     decoder = {name: tensor for name, tensor in short.items() if name.startswith("decoder.")}
@@ -87,15 +103,18 @@ def read(tensors: Tensors, config: Mapping[str, Any] | None) -> Checkpoint:
         shaped = dinov2.infer(ours, heads)
     else:
         shaped = architecture(ours, mae.FAMILY if kind == "vit_mae" else timm.PLAIN, heads=heads)
+        shaped = replace(shaped, sure_of_mean=False)
+    mean, std = _scale(preprocessor or {}, shaped)
     return Checkpoint(
         f"huggingface/{kind}",
-        shaped,
+        replace(shaped, mean=mean, std=std),
         ours,
         decoder=rename(_fused(decoder), _DECODER),
+        decoder_heads=None if config is None or not decoder else setting(config, "decoder_num_attention_heads", int),
         ignored=ignored,
         licence=_LICENCES.get(kind, UNKNOWN),
+        inferred=kind in _LICENCES,
         notes=notes,
-        guesses=(timm.normalisation_unknown(shaped),) if kind == "vit" else (),
     )
 
 
@@ -164,9 +183,6 @@ def config(vit: ViT) -> dict[str, Any]:
     }
 
 
-_CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel", "vit": "ViTModel"}
-
-
 def _fitting(vit: ViT) -> str:
     """The model type that holds every part of a ViT."""
     names = vit.state_dict().keys()
@@ -200,6 +216,13 @@ def _kind(tensors: Tensors) -> str:
     if any(name.endswith("layer_scale1.lambda1") for name in tensors):
         return "dinov2"
     return "vit_mae" if any(name.startswith("decoder.") for name in tensors) else "vit"
+
+
+def _scale(preprocessor: Mapping[str, Any], shaped: Architecture) -> tuple[Scale | None, Scale | None]:
+    if preprocessor.get("do_normalize") is False:
+        channels = int(shaped.options.get("in_chans", 3))
+        return (0.0,) * channels, (1.0,) * channels
+    return scale(preprocessor, "image_mean", "image_std")
 
 
 def _settings(config: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:

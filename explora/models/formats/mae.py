@@ -6,9 +6,17 @@ import re
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from explora.models.formats.checkpoint import Architecture, Checkpoint, Family, Known, Tensors, architecture, shape
+from explora.models.formats.checkpoint import (
+    Architecture,
+    Checkpoint,
+    Family,
+    Known,
+    Tensors,
+    architecture,
+    pooled,
+    shape,
+)
 
 LICENCE = "CC-BY-NC-4.0"
 FAMILY = Family(
@@ -18,8 +26,9 @@ FAMILY = Family(
         Known("vit_huge_patch14_224.mae", 1280, 32, 16, 5120, 14, layer_scale=False),
     ]
 )
-POOLED = "fc_norm, trained on the mean of the patch tokens, stands here as the final norm of every token"
 _DECODER = re.compile(r"^decoder_")
+_OFFICIAL = re.compile(r"^mae_(pretrain|visualize|finetuned?)_")
+"""How official files are called."""
 _GROUPS = ((0, 1, 2, 6), (3, 4, 5, 7), (8, 9))
 """SatMAE's groups of the ten Sentinel-2 bands that it keeps; a file holds only how many bands each group has."""
 
@@ -42,8 +51,12 @@ def matches(tensors: Tensors, wrapper: str | None) -> bool:
     return _fixed(tensors)
 
 
-def read(tensors: Tensors) -> Checkpoint:
-    """The encoder under our names, the decoder apart; `fc_norm` of a fine-tuned file stands in for the final norm."""
+def read(tensors: Tensors, file: str = "") -> Checkpoint:
+    """The encoder under our names, the decoder apart; `fc_norm` of a fine-tuned file stands in for the final norm.
+
+    Args:
+        file: its name; others than official ones may have been trained on other images, or be no MAE at all.
+    """
     decoder = {name: tensor for name, tensor in tensors.items() if _DECODER.match(name)}
     found = {name: tensor for name, tensor in tensors.items() if name not in decoder}
     if decoder and "mask_token" in found:
@@ -54,16 +67,13 @@ def read(tensors: Tensors) -> Checkpoint:
     if "channel_cls_embed" in found and not found["channel_cls_embed"].any():
         del found["channel_cls_embed"]  # the class token belongs to no group, in our model as in SatMAE's encoder
         ignored = ("channel_cls_embed",)
-    sure = bool(decoder or notes) or "channel_embed" in found or _fixed(found)
-    guesses = () if sure else ("taken for an MAE by its outer key `model`; give model.name if it is another plain ViT",)
-    return Checkpoint("mae", shaped, found, decoder, ignored, LICENCE, notes, guesses)
-
-
-def pooled(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """`fc_norm` as `norm` where a classifier of mean tokens has only the former, and the note that says so."""
-    if "fc_norm.weight" not in tensors or "norm.weight" in tensors:
-        return tensors, ()
-    return {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in tensors.items()}, (POOLED,)
+    official = _OFFICIAL.match(file) is not None
+    guesses = shaped.guesses
+    if not (official or decoder or "channel_embed" in found):
+        mark = "its fixed sin-cos positions" if _fixed(found) else "its outer key `model`"
+        guesses = (*guesses, f"taken for an MAE by {mark}; give model.name if it is another plain ViT")
+    shaped = replace(shaped, sure_of_mean=official, guesses=guesses)
+    return Checkpoint("mae", shaped, found, decoder, None, ignored, LICENCE, inferred=True, notes=notes)
 
 
 def grouped(tensors: Tensors) -> Architecture:

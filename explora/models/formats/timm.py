@@ -1,4 +1,4 @@
-"""timm's own names, and our exports, which are those with a note of what they are."""
+"""timm's own names: a file without a word of what it is, and a folder of its hub, which says it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from explora.errors import WeightsError
 from explora.models.formats import dinov2, dinov3
 from explora.models.formats.checkpoint import (
     UNKNOWN,
@@ -17,9 +16,10 @@ from explora.models.formats.checkpoint import (
     Tensors,
     architecture,
     image_size,
+    pooled,
+    scale,
     setting,
 )
-from explora.models.formats.mae import pooled
 from explora.models.vit import timm
 
 _SIZES = {
@@ -44,42 +44,17 @@ _BEYOND = ("norm_pre.", "patch_embed.norm.", ".q_norm.", ".attn.norm.", ".mlp.no
 def read(tensors: Tensors) -> Checkpoint:
     """A file in timm's names without a word of what it is."""
     found, notes = pooled(dict(tensors))
-    scaled = "blocks.0.ls1.gamma" in found
     if "blocks.0.gamma_1" in found and "pos_embed" not in found:
-        return Checkpoint("timm", architecture(found, dinov3.FAMILY), found, notes=notes)
+        return Checkpoint("timm", dinov3.infer(found), found, notes=notes)
     class_row = _class_row(found)
-    if scaled and ("reg_token" in found) != class_row and found["patch_embed.proj.weight"].shape[-1] == 14:
+    if _as_dinov2(found) and ("reg_token" in found) != class_row:
         return Checkpoint("timm", replace(dinov2.infer(found), positions="timm"), found, notes=notes)
-    shaped = architecture(found, PLAIN)
+    shaped = replace(architecture(found, PLAIN), sure_of_mean=False)
     if "cls_token" not in found or "reg_token" in found or any(mark in name for name in found for mark in _BEYOND):
         shaped = replace(shaped, name=None)
     elif not class_row:
         shaped = replace(shaped, options={**shaped.options, "no_embed_class": True})
-    return Checkpoint("timm", shaped, found, notes=notes, guesses=(normalisation_unknown(shaped),))
-
-
-def own(tensors: Tensors, metadata: Mapping[str, Any], path: str) -> Checkpoint:
-    """Our own export, which carries what `build` needs.
-
-    Raises:
-        WeightsError: the metadata lacks it.
-    """
-    groups, source = metadata.get("channel_groups"), metadata.get("source") or {}
-    try:
-        shaped = Architecture(
-            str(metadata["name"]),
-            int(metadata["image_size"]),
-            dict(metadata["options"]),
-            metadata.get("positions", "timm"),
-            None if groups is None else tuple(tuple(int(band) for band in group) for group in groups),
-            recorded=True,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(
-            f"{path}: no backbone of ours, or damaged metadata: {type(error).__name__} {error}"
-        ) from None
-    found = Checkpoint(str(source.get("format", "explora")), shaped, dict(tensors))
-    return replace(found, licence=str(source["licence"])) if "licence" in source else found
+    return Checkpoint("timm", shaped, found, notes=notes)
 
 
 def folder(tensors: Tensors, config: Mapping[str, Any]) -> Checkpoint:
@@ -99,26 +74,24 @@ def folder(tensors: Tensors, config: Mapping[str, Any]) -> Checkpoint:
     found, notes = pooled(dict(tensors))
     patch = found["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in found else 1
     size = image_size(found, patch) or (pretrained.get("input_size") or [None])[-1]
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if known is not None and any(
-        tuple(pretrained.get(key, getattr(known, key))) != getattr(known, key) for key in _SCALE
-    ):
-        notes = (*notes, f"config.json gives another mean or std than timm's {name}, whose are taken")
-    licence = str(pretrained.get("license") or UNKNOWN)
-    return Checkpoint("timm", Architecture(name, size, options, recorded=True), found, licence=licence, notes=notes)
+    mean, std = scale(pretrained, "mean", "std")
+    shaped = Architecture(name, size, options, mean=mean, std=std, recorded=True)
+    return Checkpoint("timm", shaped, found, licence=str(pretrained.get("license") or UNKNOWN), notes=notes)
 
 
 _OURS = {"num_classes", "global_pool", "fc_norm", "use_fc_norm", "img_size", "dynamic_img_size"}
 """Arguments of timm that `build` sets itself."""
-_SCALE = ("mean", "std")
 
 
-def normalisation_unknown(architecture: Architecture) -> str:
-    """What to say of a plain ViT: several recipes share its shapes and differ in the images that they expect."""
-    return (
-        f"the weights do not say which mean and std their images had; those of timm's {architecture.name} are taken "
-        "unless model.name says another"
+def _as_dinov2(tensors: Tensors) -> bool:
+    """Whether there is LayerScale with DINOv2's patches or its gated MLP, which no plain ViT of timm has."""
+    patches, first, last = (
+        tensors.get(f"{name}.weight") for name in ("patch_embed.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2")
     )
+    if "blocks.0.ls1.gamma" not in tensors or patches is None:
+        return False
+    gated = first is not None and last is not None and last.dim() == 2 and first.shape[0] == 2 * last.shape[1]
+    return gated or patches.shape[-1] == 14
 
 
 def _class_row(tensors: Tensors) -> bool:
