@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from small_models import scatter
@@ -65,6 +67,41 @@ def test_a_partial_fit_names_the_tensor_and_changes_nothing(weights, name, tenso
     with pytest.raises(WeightsError, match=says):
         fill(vit, spoil(weights, name, tensor), "file")
     assert fingerprint(vit.state_dict()) == before
+
+
+BROKEN = [
+    (lambda t: t.to_sparse(), "is sparse or nested; save it dense"),
+    (lambda t: torch.complex(t, t), "holds complex64, where weights are floats"),
+    (lambda t: t.long(), "holds int64, where weights are floats"),
+    (lambda t: t > 0, "holds bool, where weights are floats"),
+    (lambda t: torch.full_like(t, torch.nan), "not all values are finite in {}"),
+    (lambda t: t.index_fill(0, torch.tensor([0]), torch.inf), "not all values are finite in {}"),
+    (lambda t: t.half().index_fill(0, torch.tensor([0]), torch.nan), "not all values are finite in {}"),
+    (lambda t: t.double() + 1e300, "not all values are finite in {}"),  # as float32
+]
+
+
+@pytest.mark.parametrize(("broken", "says"), BROKEN)
+@pytest.mark.parametrize("name", ["norm.bias", "pos_embed", "blocks.1.attn.qkv.weight"])
+def test_what_holds_no_finite_floats_is_refused_by_name(weights, name, broken, says):
+    vit = build(NAME, 32, TINY)
+    before = fingerprint(vit.state_dict())
+    with pytest.raises(WeightsError, match=re.escape(name)) as error:
+        fill(vit, {**weights, name: broken(weights[name])}, "file")
+    assert says.format(name) in str(error.value)
+    assert fingerprint(vit.state_dict()) == before
+
+
+def test_heads_that_nobody_reads_may_hold_anything(weights):
+    heads = {"head.weight": torch.full((5, 32), torch.nan), "head.order": torch.arange(5)}
+    assert fill(build(NAME, 32, TINY), {**weights, **heads}, "file").unused == tuple(heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float8_e4m3fn, torch.double])
+def test_floats_of_every_width_are_weights(weights, dtype):
+    vit = build(NAME, 32, TINY)
+    fill(vit, {name: tensor.to(dtype) for name, tensor in weights.items()}, "file")
+    assert torch.equal(vit.norm.bias, weights["norm.bias"].to(dtype).float())
 
 
 @pytest.mark.parametrize(

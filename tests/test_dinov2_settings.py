@@ -54,7 +54,7 @@ def test_nothing_to_learn_is_refused():
         ({"teacher_temperature": (0.04, 0.1)}, "teacher_temperature 0.1 is not below student_temperature 0.1"),
         ({"momentum": (1, 1)}, "momentum is 1 throughout"),
         ({}, None),
-        ({"head": {"prototypes": 129 * 16}, "centering": "softmax"}, None),
+        ({"head": {"prototypes": 129 * 16}, "centering": "softmax"}, "2,064 are 129 for each of 16 rows"),
     ],
 )
 def test_what_is_dubious_is_said(changes, warning, caplog):

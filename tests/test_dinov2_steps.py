@@ -75,6 +75,17 @@ def test_no_more_rows_of_prototypes_are_there_than_one_micro_batch_has(centering
     assert largest.rows == max(map(max, rows)) < max(classes, patches)
 
 
+@pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
+def test_targets_of_several_micro_batches_are_made_when_asked_for_and_not_kept(centering):
+    made = objective(centering=centering, **EVERYTHING)
+    for sizes, kept in (([6], True), ([3, 3], False)):
+        for target in made.targets(split(views(), sizes), at(4)):
+            for rows in (target.cls, target.patches):
+                one, other = rows(), rows()
+                assert (one is other) == kept
+                assert torch.equal(one, other)
+
+
 def test_one_micro_batch_takes_one_pass_of_the_student():
     made, passes = objective(**EVERYTHING), []
     made.backbone.register_forward_hook(lambda *_: passes.append(1))

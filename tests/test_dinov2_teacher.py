@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from explora.adapt import ExPLoRA, Frozen, Full, LoRA
 from explora.config import load
 from explora.engine.optim import OptimConfig, Optimizer
+from explora.models import fingerprint
 from explora.objectives import DINOv2, DINOv2Config
 
 EVERYTHING = {"head": {"separate": True}, "gram_weight": 2.0, "untie_local_norm": True}
@@ -160,3 +161,18 @@ def test_a_resumed_objective_has_the_sources_anchor_again():
     assert totals["gram"] > 0
     assert resumed_totals == totals
     assert_same(resumed, gradients, 0)
+
+
+def test_another_source_is_another_base_for_the_anchor_alone():
+    def base(*, gram: float, moved: bool) -> str:
+        vit = backbone()
+        if moved:
+            with torch.no_grad():
+                vit.cls_token.add_(1)
+        head = {"prototypes": 24, "hidden": 16}
+        return fingerprint(DINOv2(load(DINOv2Config, {"head": head, "gram_weight": gram}), vit, 6).base())
+
+    assert backbone().cls_token.requires_grad  # it trains, so the frozen base does not hold it
+    assert base(gram=0, moved=False) == base(gram=0, moved=True)
+    assert base(gram=1, moved=False) != base(gram=1, moved=True)
+    assert base(gram=1, moved=False) == base(gram=1, moved=False)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from explora.config import Config
 from explora.data import Center, Key, ShardSet, Stream
-from explora.engine import Monitor, MonitorConfig, OptimConfig, Optimizer, Outcome, Training, checkpoint
-from explora.errors import TrainingError
+from explora.engine import Monitor, MonitorConfig, OptimConfig, Optimizer, Seen, Training, checkpoint
+from explora.errors import RunError, TrainingError
 from explora.models import ViT
-from explora.objectives import Objective
+from explora.objectives import DINOv2, Objective
 from explora.runs import Run
 from explora.schedules import Length, Progress
 
@@ -37,10 +37,12 @@ def watched(
     shards: Path,
     config: MonitorConfig | None = CONFIG,
     on_best: Callable[[], None] | None = None,
+    watch: Path | None = None,
+    view: Center = VIEW,
     **loop: Any,
 ) -> Iterator[Training]:
     objective, shard_set = dinov2(), ShardSet.open(shards)
-    monitor = Monitor(config, shard_set, VIEW, on_best) if config else None
+    monitor = Monitor(config, ShardSet.open(watch or shards), view, on_best) if config else None
     with Run.open(folder, Config()) as run:
         yield Training(
             LOOP.model_copy(update=loop),
@@ -53,6 +55,13 @@ def watched(
             0,
             monitor,
         )
+
+
+def seen(training: Training) -> Seen:
+    """What the monitor found up to the end, its time left out."""
+    found = training.fit().seen
+    assert found is not None
+    return replace(found, seconds=0)
 
 
 def logged(folder: Path, *left_out: str) -> list[dict[str, Any]]:
@@ -120,8 +129,7 @@ def test_without_labels_only_the_rank(tmp_path: Path, shards: dict[str, Path]) -
         unlabelled = ShardSet.open(shards["train"])
         unlabelled.labels = np.full_like(unlabelled.labels, -1)
         one.monitor = Monitor(CONFIG, unlabelled, VIEW, on_best=pytest.fail)
-        outcome = one.fit()
-    assert replace(outcome, seconds=0, monitor_seconds=0) == Outcome()
+        assert seen(one) == Seen()
     rows = logged(tmp_path)
     assert [row["step"] for row in rows if 1 < row.get("rankme", 0) <= 20] == [0, 2, 4, 6]
     assert not any("knn" in row for row in rows)
@@ -158,7 +166,7 @@ def test_a_watched_run_learns_the_same_bits(tmp_path: Path, shards: dict[str, Pa
 def test_it_looks_at_the_start_in_between_and_at_the_end(tmp_path: Path, shards: dict[str, Path]) -> None:
     config = MonitorConfig(every="70%", images=50, k=2)
     with watched(tmp_path, shards["train"], config, log_every=3) as one:
-        outcome = one.fit()
+        outcome = seen(one)
     rows = logged(tmp_path)
     assert [(row["step"], "knn" in row, "loss" in row) for row in rows] == [
         (0, True, False),
@@ -187,9 +195,9 @@ def test_the_best_is_kept_and_the_alarm_is_heard(
     caplog.set_level(logging.WARNING, "explora")
     with watched(tmp_path, shards["train"], on_best=lambda: kept.append(one.progress.step)) as one:
         scripted(one, {0: 50.0, 2: 60.0, 4: 60.0, 6: 42.5})
-        outcome = one.fit()
+        outcome = seen(one)
     assert kept == [2]  # the start is no work of the run, and an equal one is no better
-    assert replace(outcome, seconds=0, monitor_seconds=0) == Outcome(floor=50.0, best=60.0, best_step=2, last=42.5)
+    assert outcome == Seen(floor=50.0, best=60.0, best_step=2, last=42.5)
     assert outcome.alarm
     assert [row["step"] for row in logged(tmp_path) if row.get("knn_alarm") == 1] == [6]
     said = [record.getMessage() for record in caplog.records]
@@ -218,7 +226,7 @@ def test_the_alarm_is_heard_once_until_it_recovers(
 def test_a_start_that_stays_the_best_is_not_kept(tmp_path: Path, shards: dict[str, Path]) -> None:
     with watched(tmp_path, shards["train"], on_best=pytest.fail) as one:
         scripted(one, {0: 50.0, 2: 50.0, 4: 45.0, 6: 50.0})
-        outcome = one.fit()
+        outcome = seen(one)
     assert (outcome.best, outcome.best_step) == (50.0, 0)
 
 
@@ -228,8 +236,9 @@ def test_the_time_of_watching_is_apart(tmp_path: Path, shards: dict[str, Path]) 
         assert one.monitor is not None
         one.monitor.measure = lambda *_: time.sleep(0.2) or {"rankme": 1.0}  # type: ignore[method-assign]
         outcome = one.fit()
-    assert outcome.monitor_seconds >= 0.8
-    assert outcome.seconds + outcome.monitor_seconds <= time.monotonic() - began
+    assert outcome.seen is not None
+    assert outcome.seen.seconds >= 0.8
+    assert outcome.seconds + outcome.seen.seconds <= time.monotonic() - began
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["seconds"] == pytest.approx(outcome.seconds, abs=1e-3)
 
@@ -253,7 +262,7 @@ def killed_at(training: Training, step: int) -> None:
 @pytest.mark.parametrize("at", [0, 1, 3, 5])
 def test_a_killed_run_knows_its_floor_and_best(tmp_path: Path, shards: dict[str, Path], at: int) -> None:
     values = {0: 50.0, 2: 60.0, 4: 45.0, 6: 55.0}
-    outcomes, ends = [], []
+    found, ends = [], []
     for name, kills in (("whole", []), ("killed", [at])):
         for _ in kills:
             with watched(tmp_path / name, shards["train"]) as one:
@@ -263,27 +272,58 @@ def test_a_killed_run_knows_its_floor_and_best(tmp_path: Path, shards: dict[str,
                     one.fit()
         with watched(tmp_path / name, shards["train"]) as one:
             scripted(one, values)
-            outcomes.append(replace(one.fit(), seconds=0, monitor_seconds=0))
+            found.append(seen(one))
             ends.append(state(one))
-    assert outcomes[0] == outcomes[1] == Outcome(floor=50.0, best=60.0, best_step=2, last=55.0)
+    assert found[0] == found[1] == Seen(floor=50.0, best=60.0, best_step=2, last=55.0)
     assert_same(*ends)
     assert logged(tmp_path / "whole") == logged(tmp_path / "killed")
 
 
 def test_a_torn_checkpoint_takes_the_monitor_back_too(tmp_path: Path, shards: dict[str, Path]) -> None:
     with watched(tmp_path, shards["train"]) as one:
-        first = one.fit()
+        first = seen(one)
     rows = logged(tmp_path)
     tear(tmp_path / "checkpoints" / "step-00000006", "truncated")
     with watched(tmp_path, shards["train"]) as one:
         again = one.fit()
-        assert again.monitor_seconds > 0
+        assert again.seen is not None
+        assert again.seen.seconds > 0
         _, values = checkpoint.newest(tmp_path / "checkpoints") or (None, {})
-        assert values["outcome"] == vars(again)
-    assert replace(again, seconds=0, monitor_seconds=0) == replace(first, seconds=0, monitor_seconds=0)
+        assert values["outcome"] == {"seconds": again.seconds, "skipped": again.skipped}
+        assert values["monitor"]["seen"] == vars(again.seen)
+    assert replace(again.seen, seconds=0) == first
     assert logged(tmp_path) == rows
     with watched(tmp_path, shards["train"]) as one:  # ended: nothing is measured again
         assert one.fit() == again
+
+
+def test_a_resumed_run_watches_the_same_images(tmp_path: Path, shards: dict[str, Path]) -> None:
+    with watched(tmp_path, shards["train"], watch=shards["test"]) as one:
+        end = one.fit()
+    rows = logged(tmp_path)
+    with (
+        watched(tmp_path, shards["train"]) as one,
+        pytest.raises(RunError, match=r"looked at other images before.*restore the shards .*monitor\.shards"),
+    ):
+        one.fit()
+    with (
+        watched(tmp_path, shards["train"], watch=shards["test"], view=Center(size=16)) as one,
+        pytest.raises(RunError, match=r"'size': 32, .* before and would by .*'size': 16, .*restore the model"),
+    ):
+        one.fit()
+    assert logged(tmp_path) == rows
+    with watched(tmp_path, shards["train"], watch=shards["test"]) as one:
+        assert one.fit() == end
+
+
+def test_what_the_objective_calls_its_base_is_fingerprinted(
+    tmp_path: Path, shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with watched(tmp_path, shards["train"], None) as one:
+        one.fit()
+    monkeypatch.setattr(DINOv2, "base", lambda self: {**self.frozen(), "anchor": torch.ones(1)})
+    with watched(tmp_path, shards["train"], None) as one, pytest.raises(RunError, match="other frozen weights"):
+        one.fit()
 
 
 def test_rows_hold_what_the_objective_knows_of_its_health(

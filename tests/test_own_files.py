@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 from small_models import NAME, SIZE, TINY, load, same, tiny
 
-from explora.errors import WeightsError
-from explora.models import Source, ViT, build
+from explora.config import validate
+from explora.errors import ConfigError, WeightsError
+from explora.models import ModelConfig, Source, ViT, build
 from explora.models.files import read_file
 from explora.models.formats import dinov2, huggingface
 
@@ -35,7 +36,7 @@ FACTS: dict[str, Any] = {
 def saved(folder: Path, kind: str, vit: ViT, facts: Any) -> Path:
     """A model with facts where each kind of file has them; the path that a user gives."""
     place = folder / kind.partition(" ")[0]
-    place.mkdir()
+    place.mkdir(parents=True)
     text = json.dumps(facts)
     if kind == "own":
         save_file(vit.state_dict(), place / "model.safetensors", {"explora": text})
@@ -95,6 +96,8 @@ def test_older_files_know_neither_mean_nor_source(kind: str, tmp_path: Path) -> 
         {"image_size": None},
         {"channel_groups": [[0, "a"]]},
         {"channel_groups": [[0, 1]]},
+        {"channel_groups": []},
+        {"channel_groups": [[0, 1, 2], []]},
         {"mean": [0.1]},
         {"mean": None},
         {"std": [0.1, 0.2, 0.0]},
@@ -108,6 +111,34 @@ def test_damaged_metadata_is_a_user_error(kind: str, change: Any, tmp_path: Path
     path = saved(tmp_path, kind, tiny(init_values=0.5), facts)
     with pytest.raises(WeightsError):
         load(path)
+
+
+@pytest.mark.parametrize("kind", ["own", "dinov2", "huggingface"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_mean_and_std_of_other_channels_are_no_metadata_of_ours(count: int, kind: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, kind, tiny(init_values=0.5), {**FACTS, "mean": [0.5] * count, "std": [0.5] * count})
+    with pytest.raises(WeightsError, match=rf"mean and std of {count} channels, but its patch embedding has 3"):
+        load(path)
+
+
+def test_mean_and_std_are_of_all_channel_groups(tmp_path: Path) -> None:
+    groups = ((0, 1), (2, 3))
+    vit = build(NAME, SIZE, {**TINY, "in_chans": 4}, channel_groups=groups)
+    facts = {**FACTS, "options": vit.options, "channel_groups": groups}
+    assert load(saved(tmp_path, "own", vit, {**facts, "mean": [0.5] * 4, "std": [0.25] * 4})).vit.mean == (0.5,) * 4
+    with pytest.raises(WeightsError, match=r"of 3 channels, but its patch embedding has 4"):
+        load(saved(tmp_path / "x", "own", vit, facts))
+
+
+def test_other_bands_than_recorded_say_that_mean_and_std_are_left(tmp_path: Path) -> None:
+    vit, account, *_ = load(saved(tmp_path, "own", tiny(init_values=0.5), FACTS), channel_groups=((0, 1), (2, 3)))
+    assert vit.mean == (0.0,) * 4
+    assert "mean and std are given for 3 channels, but the model has 4" in str(account)
+
+
+def test_no_channel_groups_are_null() -> None:
+    with pytest.raises(ConfigError, match=r"channel_groups"):
+        validate(ModelConfig, {"name": NAME, "channel_groups": []}, "model")
 
 
 def test_metadata_that_is_no_json_is_a_user_error(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ def test_unlabelled_images_are_pretrained_on(tmp_path: Path, images: dict[str, P
     assert (shards.classes, len(shards), shards.name) == (None, 10, "flat")
     trained_on = yaml.safe_load((tmp_path / "run/pretrain/config.yaml").read_text())["shards"]
     assert trained_on == str(tmp_path / "run/shards/pretrain")
+    rows = [json.loads(line) for line in (tmp_path / "run/pretrain/metrics.jsonl").read_text().splitlines()]
+    assert "knn" in rows[0]  # the monitor has the labels of the images to train on
     probed = yaml.safe_load((tmp_path / "run/probe/config.yaml").read_text())
     assert probed["train"] == str(tmp_path / "run/shards/train")
 

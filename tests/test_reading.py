@@ -195,6 +195,33 @@ def test_an_mae_is_known_by_its_fixed_positions(tmp_path: Path) -> None:
     assert "taken for an MAE by its outer key" in str(load(tmp_path / "wrapped.pth").account)
 
 
+# What holds no weights
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "says"),
+    [
+        ("cls_token", lambda t: t.to_sparse(), "is sparse"),
+        ("cls_token", lambda t: t.long(), "holds int64"),  # a reader adds floats to it
+        ("cls_token", lambda t: torch.complex(t, t), "holds complex64"),
+        ("cls_token", lambda t: t * torch.nan, "not all values are finite"),
+        ("blocks.0.mlp.fc1.weight", lambda t: t / 0, "not all values are finite"),
+    ],
+)
+def test_readers_get_dense_floats_alone(name: str, broken: Any, says: str, tmp_path: Path) -> None:
+    tensors = dinov2.write(tiny("vit_small_patch14_reg4_dinov2"))
+    torch.save({**tensors, name: broken(tensors[name])}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=rf"{says}.*{name}|{name} {says}"):
+        load(tmp_path / "x.pth", options={"num_heads": 2})
+
+
+def test_a_decoder_that_diverged_is_refused(tmp_path: Path) -> None:
+    tensors = {**tiny().state_dict(), "mask_token": torch.ones(1, 1, 32)}
+    torch.save({"model": {**tensors, "decoder_embed.weight": torch.full((2, 2), torch.nan)}}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=r"not all values are finite in decoder_embed\.weight"):
+        load(tmp_path / "x.pth", options={"num_heads": 2})
+
+
 # Channel groups
 
 

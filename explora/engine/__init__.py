@@ -1,7 +1,7 @@
 """The one training loop, its optimizer, its checkpoints and the monitor that watches the backbone."""
 
 from explora.engine.loop import LoopConfig, Outcome, Training
-from explora.engine.monitor import Monitor, MonitorConfig
+from explora.engine.monitor import Monitor, MonitorConfig, Seen
 from explora.engine.optim import OptimConfig, Optimizer, Rule, parameter_groups
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Optimizer",
     "Outcome",
     "Rule",
+    "Seen",
     "Training",
     "parameter_groups",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from explora.config import Config
 from explora.data import Step, Stream, Views
 from explora.distributed import Precision, autocast, device_of
 from explora.engine import checkpoint
-from explora.engine.monitor import Monitor
+from explora.engine.monitor import Monitor, Seen
 from explora.engine.optim import Optimizer
 from explora.errors import ConfigError, RunError, TrainingError
 from explora.models import fingerprint
@@ -45,27 +45,14 @@ class LoopConfig(Config):
 
 @dataclass
 class Outcome:
-    """What training cost, and how the monitor saw the backbone; kNN in percent, None where it was not measured."""
+    """What training cost, and what was seen meanwhile."""
 
     seconds: float = 0.0
     """Time in the loop, earlier sessions of a resumed run included, the monitor's left out."""
     skipped: int = 0
     """Steps left out because of a non-finite loss or gradient."""
-    monitor_seconds: float = 0.0
-    """Time that the monitor took, with saving the best."""
-    floor: float | None = None
-    """kNN before the first step."""
-    best: float | None = None
-    """The highest kNN."""
-    best_step: int | None = None
-    """Steps taken when it was measured first."""
-    last: float | None = None
-    """The latest kNN."""
-
-    @property
-    def alarm(self) -> bool:
-        """Whether the backbone is now worse than the one that the run started from."""
-        return self.floor is not None and self.last is not None and self.last < self.floor
+    seen: Seen | None = None
+    """What the monitor found; None where there is none."""
 
 
 class Training:
@@ -98,7 +85,7 @@ class Training:
         self.stream, self.views, self.progress, self.seed = stream, views, progress, seed
         self.monitor = monitor
         self.device = device_of(config.device)
-        self.base = fingerprint(objective.frozen())
+        self.base = fingerprint(objective.base())
         self.outcome = Outcome()
         self._in_a_row = 0
 
@@ -107,17 +94,17 @@ class Training:
 
         Raises:
             TrainingError: too many non-finite steps in a row.
-            RunError: a checkpoint cannot be written, or belongs to another frozen base.
+            RunError: a checkpoint cannot be written, or belongs to another frozen base or other watched images.
         """
         resumed = self._resume()
-        started = time.monotonic() - self.outcome.seconds - self.outcome.monitor_seconds
+        started = time.monotonic() - self.outcome.seconds - self._watched()
         if not resumed and (seen := self._look()):
             self._log(seen)
         with self._bar() as bar:
             for step in self.stream.steps(self.progress.steps):
                 row = self._train(step)
                 self.progress = self.progress._replace(step=step.index + 1)
-                self.outcome.seconds = time.monotonic() - started - self.outcome.monitor_seconds
+                self.outcome.seconds = time.monotonic() - started - self._watched()
                 bar.update(step.images)
                 seen = self._look()
                 if seen:
@@ -127,8 +114,9 @@ class Training:
                 if self._due(self.config.save_every):
                     self._save()
         if self.monitor is not None:
-            share = self.outcome.monitor_seconds / (self.outcome.seconds + self.outcome.monitor_seconds)
-            logger.info("watching took %.1f s, %.1f %% of the run", self.outcome.monitor_seconds, 100 * share)
+            self.outcome.seen = self.monitor.seen
+            share = self._watched() / (self.outcome.seconds + self._watched())
+            logger.info("watching took %.1f s, %.1f %% of the run", self._watched(), 100 * share)
         return self.outcome
 
     def _due(self, every: int) -> bool:
@@ -170,39 +158,14 @@ class Training:
             )
 
     def _look(self) -> dict[str, float]:
-        """What the monitor finds now, for the row of this step; nothing where it is not its turn."""
+        """What the monitor finds now, for the row of this step."""
         if self.monitor is None:
             return {}
-        total, batch, samples = self.progress.steps, self.progress.batch, self.progress.samples
-        if not self._due(max(1, self.monitor.config.every.steps(batch=batch, samples=samples, total=total))):
-            return {}
-        began = time.monotonic()
-        seen = self.monitor.measure(self.objective.result, self.config.precision)
-        numbers = "  ".join(f"{name} {value:.1f}" for name, value in seen.items())
-        logger.info("step %d/%d  %s", self.progress.step, total, numbers)
-        if "knn" in seen:
-            seen |= self._judge(seen["knn"])
-        self.outcome.monitor_seconds += time.monotonic() - began
-        return seen
+        return self.monitor.look(self.objective.result, self.progress, self.config.precision)
 
-    def _judge(self, knn: float) -> dict[str, float]:
-        """Compare with the floor and the best so far."""
-        assert self.monitor is not None
-        outcome, step, was_low = self.outcome, self.progress.step, self.outcome.alarm
-        outcome.last = knn
-        if step == 0:
-            outcome.floor = knn
-        if outcome.best is None or knn > outcome.best:
-            outcome.best, outcome.best_step = knn, step
-            if step and self.monitor.on_best is not None:  # step 0 is only what the run started from
-                self.monitor.on_best()
-        if outcome.alarm and not was_low:
-            logger.warning(
-                "step %d: kNN %.1f %% is below the floor of %.1f %%, that of the backbone at step 0; a point or so can "
-                "be chance on %d images; if it stays there, lower optim.lr or give a longer objective.head_warmup",
-                *(step, knn, outcome.floor, len(self.monitor.chosen)),
-            )
-        return {"knn_alarm": 1} if outcome.alarm else {}
+    def _watched(self) -> float:
+        """Seconds that the monitor took so far."""
+        return 0.0 if self.monitor is None else self.monitor.seen.seconds
 
     def _bar(self) -> tqdm:
         """A progress bar that counts images."""
@@ -240,7 +203,8 @@ class Training:
             "position": self.stream.state_dict(),
             "frozen_base": self.base,
             "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()},
-            "outcome": asdict(self.outcome),
+            "outcome": {"seconds": self.outcome.seconds, "skipped": self.outcome.skipped},
+            "monitor": None if self.monitor is None else self.monitor.state_dict(),
         }
         checkpoint.save(self.run.folder / "checkpoints", self.progress.step, tensors, values)
 
@@ -268,6 +232,8 @@ class Training:
             {name.removeprefix("optimizer/"): t for name, t in tensors.items() if name.startswith("optimizer/")}
         )
         self.stream.load_state_dict(values["position"])
+        if self.monitor is not None:
+            self.monitor.load_state_dict(values["monitor"])
         self.progress = self.progress._replace(step=values["step"])
         self.outcome = Outcome(**values["outcome"])
         self.run.forget_metrics_after(values["step"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +17,10 @@ from torch import Tensor
 from explora.config import Config
 from explora.data import Center, Key, ShardSet
 from explora.distributed import Precision, autocast
-from explora.errors import TrainingError
+from explora.errors import RunError, TrainingError
 from explora.evaluation import KNN, Features, rankme
 from explora.models import ViT
-from explora.schedules import Length, LengthField
+from explora.schedules import Length, LengthField, Progress
 
 logger = logging.getLogger("explora")
 
@@ -29,6 +32,8 @@ _A_CLASS = 5
 class MonitorConfig(Config):
     """How the backbone's features are watched during training."""
 
+    shards: str | None = None
+    """Labelled shards to look at; null takes those that are pretrained on."""
     every: LengthField = Length(10, "%")
     """How often, beside the start and the end: `100`, `"1 epochs"`, or a part of the run."""
     images: int = Field(400, ge=2)
@@ -44,8 +49,29 @@ class MonitorConfig(Config):
         return every
 
 
+@dataclass
+class Seen:
+    """What the monitor found so far; kNN in percent, None where it was not measured."""
+
+    floor: float | None = None
+    """kNN before the first step."""
+    best: float | None = None
+    """The highest kNN."""
+    best_step: int | None = None
+    """Steps taken when it was measured first."""
+    last: float | None = None
+    """The latest kNN."""
+    seconds: float = 0.0
+    """Time that looking took, with saving the best."""
+
+    @property
+    def alarm(self) -> bool:
+        """Whether the backbone is now worse than the one that the run started from."""
+        return self.floor is not None and self.last is not None and self.last < self.floor
+
+
 class Monitor:
-    """Measures a backbone on a fixed part of the training images; draws nothing at random, changes nothing.
+    """Measures a backbone on the same few images each time; draws nothing at random, changes nothing.
 
     Args:
         shards: the images to choose from; their labels judge, they never teach.
@@ -58,6 +84,7 @@ class Monitor:
     ) -> None:
         self.config, self.on_best = config, on_best
         self._shards, self._view = shards, view
+        self.seen = Seen()
         self.chosen, self.labelled = choose(shards.labels, config.images)
         self.k = config.k
         if not self.labelled:
@@ -71,6 +98,67 @@ class Monitor:
                 "monitor.k: classes have %d images here, so %d neighbours vote, not %d", usual, usual - 1, self.k
             )
             self.k = usual - 1
+
+    def look(self, vit: ViT, progress: Progress, precision: Precision = "auto") -> dict[str, float]:
+        """What is found after so many steps, for the row of this step; nothing where it is not its turn.
+
+        Raises:
+            DataError, TrainingError: as `measure`.
+        """
+        step, total = progress.step, progress.steps
+        every = max(1, self.config.every.steps(batch=progress.batch, samples=progress.samples, total=total))
+        if step != total and step % every:
+            return {}
+        began = time.monotonic()
+        found = self.measure(vit, precision)
+        numbers = "  ".join(f"{name} {value:.1f}" for name, value in found.items())
+        logger.info("step %d/%d  %s", step, total, numbers)
+        if "knn" in found:
+            found |= self._judge(found["knn"], step)
+        self.seen.seconds += time.monotonic() - began
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: what was found, and what it was found on."""
+        view = self._view.model_dump(mode="json")
+        return {"seen": asdict(self.seen), "shards": self._shards.fingerprint, "view": view}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what was found.
+
+        Raises:
+            RunError: it was found on other images, or on other cuts of them.
+        """
+        here = self.state_dict()
+        if state["shards"] != here["shards"]:
+            raise RunError(
+                "cannot resume: the monitor looked at other images before, so its kNN would not compare; "
+                "restore the shards that it looks at (monitor.shards) or start in another folder"
+            )
+        if state["view"] != here["view"]:
+            raise RunError(
+                f"cannot resume: the monitor cut images by {state['view']} before and would by {here['view']} now, so "
+                "its kNN would not compare; restore the model's image size, mean and std or start in another folder"
+            )
+        self.seen = Seen(**state["seen"])
+
+    def _judge(self, knn: float, step: int) -> dict[str, float]:
+        """Compare with the floor and the best so far."""
+        seen, was_low = self.seen, self.seen.alarm
+        seen.last = knn
+        if step == 0:
+            seen.floor = knn
+        if seen.best is None or knn > seen.best:
+            seen.best, seen.best_step = knn, step
+            if step and self.on_best is not None:  # step 0 is only what the run started from
+                self.on_best()
+        if seen.alarm and not was_low:
+            logger.warning(
+                "step %d: kNN %.1f %% is below the floor of %.1f %%, that of the backbone at step 0; a point or so can "
+                "be chance on %d images; if it stays there, lower optim.lr or give a longer objective.head_warmup",
+                *(step, knn, seen.floor, len(self.chosen)),
+            )
+        return {"knn_alarm": 1} if seen.alarm else {}
 
     def measure(self, vit: ViT, precision: Precision = "auto") -> dict[str, float]:
         """`rankme`, and `knn` where labels are known: leave-one-out top-1 in percent on the class token.

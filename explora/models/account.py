@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from explora.errors import WeightsError
@@ -57,15 +58,18 @@ def fill(
         fresh: tensors of the model that keep the values they have, whatever the checkpoint holds under their names.
 
     Raises:
-        WeightsError: names each tensor that is missing, left over or of another shape; `vit` is unchanged then.
+        WeightsError: names each tensor that is missing, left over or of another shape, or one that holds no finite
+            floats; `vit` is unchanged then.
     """
     model = dict(vit.state_dict())
     found = {name: tensor for name, tensor in tensors.items() if name not in fresh}
+    check_kinds(found, source)
     missing = [name for name in model if name not in found and name not in fresh]
     unused = [name for name in found if name not in model]
     replaced = [name for name in tensors if name in fresh]
     resampled = [name for name in ("pos_embed",) if _reshaped(name, model, found)]
     _check(f"{source} does not fit {vit.name}", model, found, [name for name in missing if name not in _MAY_MISS])
+    check_finite({name: found[name] for name in model.keys() & found.keys()}, source)
     for name in resampled:
         found[name] = _positions(vit, found[name], source)
     for name in model.keys() & found.keys():
@@ -75,6 +79,40 @@ def fill(
     left = (*unused, *ignored, *replaced)
     kept = tuple(name for name in model if name in fresh)
     return Account(loaded, total, tuple(missing), left, tuple(resampled), kept, tuple(notes))
+
+
+def check_kinds(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse what would not be read as it is: all but dense floats. Heads, which no model takes, may be anything.
+
+    Raises:
+        WeightsError: names the tensor.
+    """
+    for name, tensor in tensors.items():
+        if _MAY_REMAIN.match(name):
+            continue
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise WeightsError(f"{source}: {name} is sparse or nested; save it dense, see torch's Tensor.to_dense")
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise WeightsError(f"{source}: {name} holds {kind}, where weights are floats; save it as such")
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse NaN and infinity; tensors without values (on the meta device) pass.
+
+    Raises:
+        WeightsError: names the tensors.
+    """
+    broken = [name for name, tensor in tensors.items() if tensor.numel() and not tensor.is_meta and not _finite(tensor)]
+    if broken:
+        raise WeightsError(
+            f"{source}: not all values are finite in {_shorten(broken)}; its training diverged, or it is damaged"
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    least, most = tensor.detach().float().aminmax()  # one pass, fp32 without a copy; NaN is both
+    return bool(least.isfinite() and most.isfinite())
 
 
 def _check(title: str, model: Mapping[str, Tensor], found: Mapping[str, Tensor], lacking: list[str]) -> None:

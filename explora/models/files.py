@@ -31,6 +31,7 @@ SIDECAR = "explora.json"
 _WRAPPERS = ("model", "state_dict", "teacher", "student")
 _PREFIXES = re.compile(r"^((module|_orig_mod|backbone|student|teacher)\.)+")
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+_SEVERAL = "{}: holds several models, such as student and teacher; save one of them alone"
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     np.dtype,
@@ -197,9 +198,6 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], str | None]:
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(f"{path}: no tensors found in this checkpoint")
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}, wrapper
-
-
-_SEVERAL = "{}: holds several models, such as student and teacher; save one of them alone"
 
 
 def _without_prefixes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor
 from explora.config import Config
 from explora.errors import WeightsError
 from explora.models import formats
-from explora.models.account import Account, fill
+from explora.models.account import Account, check_finite, fill
 from explora.models.files import METADATA_KEY, fingerprint, read_file, read_tensors
 from explora.models.formats import Architecture, Checkpoint, Source
+from explora.models.formats.checkpoint import Groups
 from explora.models.vit import ViT, build, timm
 
 __all__ = [
@@ -43,7 +44,7 @@ class ModelConfig(Config):
     """Side of the square images in pixels; null takes the size that the weights or the architecture were made for."""
     positions: Literal["auto", "official", "timm"] = "auto"
     """How positions are resampled to other sizes: as DINOv2's own code, as timm, or (auto) as the weights were used."""
-    channel_groups: tuple[tuple[int, ...], ...] | None = None
+    channel_groups: Groups | None = None
     """SatMAE's channel groups, such as [[0, 1, 2, 6], [3, 4, 5, 7], [8, 9]]; null embeds all channels at once."""
 
 
@@ -82,6 +83,7 @@ def load_model(config: ModelConfig) -> Loaded:
     account = fill(vit, checkpoint.tensors, name, ignored=checkpoint.ignored, fresh=fresh, notes=notes)
     own = Source(checkpoint.format, Path(name).name, checkpoint.licence, checkpoint.inferred)
     vit.source = checkpoint.source or own
+    check_finite(checkpoint.decoder, name)
     return Loaded(vit, account, checkpoint.decoder, checkpoint.decoder_heads)
 
 
@@ -109,11 +111,17 @@ def _timm(name: str | None) -> Checkpoint:
 def _notes(config: ModelConfig, checkpoint: Checkpoint, vit: ViT) -> list[str]:
     """What was found beside the tensors, and everything that was assumed and that the config does not say."""
     shaped, notes = checkpoint.architecture, [*checkpoint.notes]
-    notes += [] if config.name else shaped.guesses
-    if not (shaped.recorded or config.channel_groups) and shaped.channel_groups:
+    if not config.name:
+        notes += shaped.guesses
+    if shaped.channel_groups and not (shaped.recorded or config.channel_groups):
         groups = [list(group) for group in shaped.channel_groups]
         notes.append(f"channel groups taken as SatMAE's {groups}, unless model.channel_groups says others")
-    if not (config.name or shaped.recorded or shaped.sure_of_mean or shaped.mean) and vit.channels == 3:
+    if shaped.mean is not None and len(shaped.mean) != vit.channels:
+        notes.append(
+            f"mean and std are given for {len(shaped.mean)} channels, but the model has {vit.channels}: {vit.mean} and "
+            f"{vit.std} are taken"
+        )
+    if vit.channels == 3 and not (config.name or shaped.sure_of_mean):
         notes.append(
             f"the weights do not say which mean and std their images had; those of timm's {vit.name} are taken unless "
             "model.name says another"
@@ -130,8 +138,8 @@ def _build(config: ModelConfig, inferred: Architecture, channel_width: int | Non
             "model.name is needed: "
             + ("there are no weights to infer it from" if config.weights is None else "the weights do not tell it")
         )
-    taken = inferred.options if config.name is None or inferred.recorded else {}
-    options = {**taken, **config.options}
+    renamed = config.name is not None and not inferred.recorded
+    options = {**({} if renamed else inferred.options), **config.options}
     size = config.image_size or inferred.image_size or _native_size(name)
     positions = inferred.positions if config.positions == "auto" else config.positions
     groups = config.channel_groups or inferred.channel_groups
@@ -142,7 +150,7 @@ def _build(config: ModelConfig, inferred: Architecture, channel_width: int | Non
     try:
         return build(name, size, options, positions=positions, channel_groups=groups, channel_width=channel_width)
     except WeightsError as error:
-        if size == inferred.image_size != config.image_size and not inferred.recorded and config.name is not None:
+        if renamed and size == inferred.image_size != config.image_size:
             raise WeightsError(f"{config.weights}, for images of {size} px, does not fit {name}: {error}") from None
         raise
 

@@ -85,6 +85,10 @@ class Objective(nn.Module, abc.ABC):
         """The frozen base: the backbone's parameters that do not learn, by name."""
         return {name: p for name, p in self.backbone.named_parameters() if not p.requires_grad}
 
+    def base(self) -> dict[str, Tensor]:
+        """What a checkpoint leaves out and the source weights must give again: a resumed run is refused another."""
+        return self.frozen()
+
     def learnt(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold: all parameters and buffers that are no part of the frozen base."""
         base = {id(tensor) for tensor in self.frozen().values()}

@@ -109,6 +109,13 @@ class DINOv2(Objective):
             return progress.over(self.config.backbone_ramp, after=self.config.head_warmup)
         return 1.0
 
+    def base(self) -> dict[str, Tensor]:
+        """The frozen base and what the anchor has of its own, but for low-rank factors, which do nothing in it."""
+        if self.anchor is None:
+            return self.frozen()
+        own = ((name, p) for name, p in self.anchor.named_parameters() if "lora_" not in name)
+        return {**self.frozen(), **{f"anchor.{name}": p for name, p in own}}
+
     def learnt(self) -> dict[str, Tensor]:
         """All but the frozen base and the anchor, which the source weights give again at every start."""
         return {name: tensor for name, tensor in super().learnt().items() if not name.startswith("anchor.")}

@@ -117,10 +117,11 @@ class DINOv2Config(Config):
     def _doubts(self, prototypes: int, rows: int) -> list[str]:
         """What is allowed but rarely meant."""
         doubts = []
-        if self.centering == "sinkhorn" and prototypes > DUBIOUS * rows:
+        if prototypes > DUBIOUS * rows:
+            spreads = "; Sinkhorn spreads every target over about as many" if self.centering == "sinkhorn" else ""
             doubts.append(
-                f"head.prototypes {prototypes:,} are {prototypes / rows:.0f} for each of {rows} rows a step; Sinkhorn "
-                "spreads every target over about as many (official runs have 16 to 32)"
+                f"head.prototypes {prototypes:,} are {prototypes / rows:.0f} for each of {rows} rows a step, where "
+                f"official runs have 16 to 32{spreads}"
             )
         if prototypes < rows:
             doubts.append(

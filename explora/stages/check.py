@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -61,34 +62,34 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         chain = configs.validate(RunConfig, raw, source)
         model, needed = chain.model, {f"data.{role}": folder for role, folder in chain.data.folders().items()}
         loaded = _sketch(model)
-        sections = {"pretrain": fitted(chain.pretrain, loaded.vit)}
         tune = None if chain.finetune is None else fitted(chain.finetune, loaded.vit)
-        yield configs.dump(chain.model_copy(update={**sections, "finetune": tune}))
-        yield from _pretrain(chain.pretrain, model)
+        yield configs.dump(chain.model_copy(update={"pretrain": fitted(chain.pretrain, loaded.vit), "finetune": tune}))
+        yield from _pretrain(chain.pretrain, model, copy.deepcopy(loaded))
         if chain.finetune is not None:
-            yield from _finetune(chain.finetune, model, chain.data.train)
+            yield from _finetune(chain.finetune, copy.deepcopy(loaded), chain.data.train)
     elif "train" in raw:
         tuning = configs.validate(FinetuneConfig, raw, source)
         model, needed = tuning.model, {"train": tuning.train}
-        yield configs.dump(fitted(tuning, _sketch(model).vit))
-        yield from _finetune(tuning, model, tuning.train)
+        loaded = _sketch(model)
+        yield configs.dump(fitted(tuning, loaded.vit))
+        yield from _finetune(tuning, copy.deepcopy(loaded), tuning.train)
     else:
         training = configs.validate(PretrainConfig, raw, source)
-        model, needed = training.model, {"shards": training.shards, "watched": training.watched}
-        yield configs.dump(fitted(training, _sketch(model).vit))
-        yield from _pretrain(training, model)
-    yield _missing({**needed, **_weights("model", model)}, _sketch(model).vit)
+        model, needed = training.model, {"shards": training.shards}
+        needed |= {"monitor.shards": training.monitor.shards} if training.monitor else {}
+        loaded = _sketch(model)
+        yield configs.dump(fitted(training, loaded.vit))
+        yield from _pretrain(training, model, copy.deepcopy(loaded))
+    yield _missing({**needed, **_weights("model", model)}, loaded.vit)
 
 
-def _pretrain(section: PretrainSection, model: ModelConfig) -> Iterator[str]:
-    loaded = _sketch(model)
+def _pretrain(section: PretrainSection, model: ModelConfig, loaded: Loaded) -> Iterator[str]:
     loaded = loaded._replace(decoder=loaded.decoder or _awaited_decoder(section, model, loaded.vit))
     flops = flops_per_image(loaded.vit, loaded.vit.image_size)
     return _stage("pretrain", section, rehearse(section, loaded, pretrain.build), flops)
 
 
-def _finetune(section: FinetuneSection, model: ModelConfig, labelled: str) -> Iterator[str]:
-    loaded = _sketch(model)
+def _finetune(section: FinetuneSection, loaded: Loaded, labelled: str) -> Iterator[str]:
     flops = flops_per_image(loaded.vit, loaded.vit.image_size)
     build = partial(finetune.build, classes=_classes(Path(labelled)))
     return _stage("finetune", section, rehearse(section, loaded, build), flops)

@@ -73,7 +73,7 @@ def finetune(source: str | Path | Mapping[str, Any], overrides: Overrides = None
     refuse_channels(loaded.vit)
     config = fitted(config, loaded.vit)
     objective = build(config, loaded, len(shards.classes))
-    refuse_idle(config, objective, shards)
+    refuse_idle(config, objective, len(shards))
     with Run.open(config.out, config) as run:
         if run.summary is not None:
             logger.info("%s: already finished", config.out)

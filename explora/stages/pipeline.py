@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -113,9 +114,9 @@ def _rehearse(config: RunConfig, shards: Path) -> None:
         counts[role] = len(classes or ())
     source = blueprint(config.model)
     refuse_channels(source.vit)
-    rehearse(config.pretrain, source, build_pretrain)
+    rehearse(config.pretrain, copy.deepcopy(source), build_pretrain)
     if config.finetune is not None:
-        rehearse(config.finetune, blueprint(config.model), partial(build_finetune, classes=counts["train"]))
+        rehearse(config.finetune, source, partial(build_finetune, classes=counts["train"]))
 
 
 def _given(config: RunConfig, stage: str) -> dict[str, Any]:
@@ -128,7 +129,9 @@ def _train(config: RunConfig, unlabelled: str, labelled: str) -> dict[str, Any]:
     """Pretrain and fine-tune; returns the models that the probe compares."""
     model = config.model.model_dump(mode="json")
     given = _given(config, "pretrain")
-    adapted = pretrain({**given, "shards": unlabelled, "watched": labelled, "model": model})
+    if config.pretrain.monitor is not None:
+        given["monitor"] = {"shards": labelled, **given.get("monitor", {})}
+    adapted = pretrain({**given, "shards": unlabelled, "model": model})
     models = {"baseline": model, "adapted": {"weights": str(adapted.backbone)}}
     if config.finetune is not None:
         tuned = finetune({**_given(config, "finetune"), "train": labelled, "model": models["adapted"]})

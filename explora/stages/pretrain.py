@@ -58,11 +58,13 @@ class PretrainSection(TrainingSection):
         """`objective` is DINOv2 unless it says otherwise, and `views` are those that it learns from."""
         if not isinstance(given, Mapping):
             return given
-        given = dict(given)
-        for key, name in (("objective", "dinov2"), ("views", None)):
-            if isinstance(given.get(key, {}), Mapping):
-                given[key] = {"name": name or _VIEWS.get(given["objective"]["name"], "multicrop"), **given.get(key, {})}
-        return given
+        objective, views = given.get("objective", {}), given.get("views", {})
+        if isinstance(objective, Mapping):
+            objective = {"name": "dinov2", **objective}
+            known = _VIEWS.get(str(objective["name"]))
+            if known is not None and isinstance(views, Mapping):
+                views = {"name": known, **views}
+        return {**given, "objective": objective, "views": views}
 
     @model_validator(mode="after")
     def _views_of_the_objective(self) -> PretrainSection:
@@ -77,8 +79,6 @@ class PretrainConfig(TrainingPlace, PretrainSection):
 
     shards: str
     """Folder that `explora pack` wrote; labels in it only serve the monitor, they never teach."""
-    watched: str | None = None
-    """Labelled shards that the monitor looks at; null takes `shards`."""
 
 
 def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> Trained:
@@ -94,7 +94,7 @@ def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None
     refuse_channels(loaded.vit)
     config = fitted(config, loaded.vit)
     objective = build(config, loaded)
-    refuse_idle(config, objective, shards)
+    refuse_idle(config, objective, len(shards))
     with Run.open(config.out, config) as run:
         if run.summary is not None:
             logger.info("%s: already finished", config.out)
@@ -137,7 +137,7 @@ def build(section: PretrainSection, source: Loaded) -> Objective:
 def _monitor(config: PretrainConfig, objective: Objective, folder: Path) -> Monitor | None:
     if config.monitor is None:
         return None
-    watched = ShardSet.open(config.watched or config.shards)
+    watched = ShardSet.open(config.monitor.shards or config.shards)
     keep = partial(export, folder / "best", objective, config.adapt)
     return Monitor(config.monitor, watched, fit_views(Center(), objective.backbone), keep)
 

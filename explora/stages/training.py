@@ -18,7 +18,7 @@ from explora.adapt import AnyMethod, Method
 from explora.config import Config
 from explora.data import AnyViews, ShardSet, Stream, Views
 from explora.distributed import precision_on
-from explora.engine import LoopConfig, Monitor, OptimConfig, Optimizer, Outcome, Training, parameter_groups
+from explora.engine import LoopConfig, Monitor, OptimConfig, Optimizer, Seen, Training, parameter_groups
 from explora.errors import ConfigError
 from explora.models import Account, Loaded, ModelConfig, ViT, load_model
 from explora.models.export import save_adapter, save_backbone
@@ -156,11 +156,13 @@ def rehearse(section: S, source: Loaded, build: Callable[[S, Loaded], Objective]
     """Go through a stage's beginning with a `blueprint`, to meet its mistakes before there is any work to lose.
 
     Raises:
-        ConfigError: views, method, objective or optimizer rules do not fit the backbone.
+        ConfigError: views, method, objective, length or optimizer rules do not fit the backbone.
     """
     with torch.device("meta"):
         objective = build(fitted(section, source.vit), source)
     parameter_groups(section.optim, objective, section.batch_size)
+    if section.steps.unit != "epochs":  # nobody has counted the images yet
+        refuse_idle(section, objective, samples=section.batch_size)
     return objective
 
 
@@ -173,16 +175,17 @@ def fitted(section: S, vit: ViT) -> S:
     return section.model_copy(update={"views": fit_views(section.views, vit)})
 
 
-def refuse_idle(config: TrainingSection, objective: Objective, shards: ShardSet) -> None:
-    """Refuse a run that would leave the backbone as it is.
+def refuse_idle(section: TrainingSection, objective: Objective, samples: int) -> None:
+    """Refuse a run over a set of so many images that would leave the backbone as it is.
 
     Raises:
-        ConfigError: no step at all, or the heads' warm-up never ends.
+        ConfigError: no step at all, or the heads learn alone to the end.
     """
-    progress = progress_of(config, shards)
+    progress = progress_of(section, samples)
     if objective.lr_scale("backbone", progress._replace(step=progress.steps - 1)) <= 0:
         raise ConfigError(
-            f"objective.head_warmup: lasts all {progress.steps} steps, so the backbone would learn nothing; shorten it"
+            f"objective: head_warmup and backbone_ramp leave the backbone a rate of 0 in all {progress.steps} steps, "
+            "so it would learn nothing; shorten them"
         )
 
 
@@ -206,7 +209,7 @@ def train(
     monitor: Monitor | None = None,
 ) -> dict[str, Any]:
     """Train to the end and export the result; returns the summary, which the caller writes last."""
-    progress = progress_of(config, shards)
+    progress = progress_of(config, len(shards))
     optimizer = Optimizer(config.optim, objective, config.batch_size)
     stream = config.stream(shards, seed)
     training = Training(config.loop, run, objective, optimizer, stream, config.views, progress, seed, monitor)
@@ -238,18 +241,18 @@ def train(
         "skipped_steps": outcome.skipped,
         "alpha_over_rank": config.adapt.scale,
         "trained": families(learning(objective.backbone)),
-        **({} if outcome.floor is None else watched(outcome)),
+        **({} if outcome.seen is None or outcome.seen.floor is None else watched(outcome.seen)),
     }
 
 
-def watched(outcome: Outcome) -> dict[str, Any]:
+def watched(seen: Seen) -> dict[str, Any]:
     """What the monitor saw: kNN before the first step, at its best and at the end, percent."""
     return {
-        "knn_floor": outcome.floor,
-        "knn_best": outcome.best,
-        "knn_best_step": outcome.best_step,
-        "knn_last": outcome.last,
-        "monitor_seconds": round(outcome.monitor_seconds, 2),
+        "knn_floor": seen.floor,
+        "knn_best": seen.best,
+        "knn_best_step": seen.best_step,
+        "knn_last": seen.last,
+        "monitor_seconds": round(seen.seconds, 2),
     }
 
 
@@ -261,16 +264,16 @@ def announce(vit: ViT, account: Account | None) -> None:
         logger.info("%s: %s", vit.name, account)
 
 
-def progress_of(config: TrainingSection, shards: ShardSet) -> Progress:
-    """The run's length in steps for this set.
+def progress_of(config: TrainingSection, samples: int) -> Progress:
+    """The run's length in steps for a set of so many images.
 
     Raises:
         ConfigError: no step at all.
     """
-    steps = config.steps.steps(batch=config.batch_size, samples=len(shards))
+    steps = config.steps.steps(batch=config.batch_size, samples=samples)
     if steps < 1:
         raise ConfigError(f"steps: {config.steps} is less than one step")
-    return Progress(0, steps, config.batch_size, len(shards))
+    return Progress(0, steps, config.batch_size, samples)
 
 
 def parameter_counts(objective: Objective) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from explora.errors import WeightsError
+from explora.models.account import check_kinds
 from explora.models.files import WeightsFile
 from explora.models.formats import dinov2, dinov3, explora_release, huggingface, mae, own, timm
 from explora.models.formats.checkpoint import UNKNOWN, Architecture, Checkpoint, Source, Tensors
@@ -27,8 +28,9 @@ def read(file: WeightsFile) -> Checkpoint:
     """Bring a checkpoint under our names and tell its architecture, from our metadata or else from the names.
 
     Raises:
-        WeightsError: no backbone, one of a kind that is not read, or damaged metadata.
+        WeightsError: no backbone, one of a kind that is not read, damaged metadata, or no dense floats.
     """
+    check_kinds(file.tensors, file.name)
     _check_dimensions(file.tensors)
     if file.metadata:
         facts = own.facts(file.metadata, file.name)

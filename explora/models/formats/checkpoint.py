@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from pydantic import Field
 from torch import Tensor
 
 from explora.errors import WeightsError
@@ -14,6 +15,8 @@ from explora.models.positions import PositionMode
 
 Tensors = Mapping[str, Tensor]
 Scale = tuple[float, ...]
+Groups = Annotated[tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...], Field(min_length=1)]
+"""Channel groups as a user or a file gives them: no empty ones."""
 Value = int | float | bool | str
 UNKNOWN = "unknown; see where the file came from"
 
@@ -41,7 +44,7 @@ class Architecture:
     """Side in pixels of the images that its position embedding was made for; None: the architecture's own."""
     options: Mapping[str, Value] = field(default_factory=dict)
     positions: PositionMode = "timm"
-    channel_groups: tuple[tuple[int, ...], ...] | None = None
+    channel_groups: Groups | None = None
     mean: Scale | None = None
     """Channel mean of images in [0, 1] that the weights expect; None: the architecture's own."""
     std: Scale | None = None
@@ -49,7 +52,7 @@ class Architecture:
     recorded: bool = False
     """Whether the file itself says so, and nothing was inferred."""
     sure_of_mean: bool = True
-    """Whether all published weights of these names and shapes have the same mean and std."""
+    """Whether mean and std are given, or the same for all published weights of these names and shapes."""
     guesses: tuple[str, ...] = ()
     """What else was assumed, as sentences; `model.name` and `model.options` would say it."""
 

@@ -107,7 +107,7 @@ def read(
     mean, std = _scale(preprocessor or {}, shaped)
     return Checkpoint(
         f"huggingface/{kind}",
-        replace(shaped, mean=mean, std=std),
+        replace(shaped, mean=mean, std=std, sure_of_mean=shaped.sure_of_mean or mean is not None),
         ours,
         decoder=rename(_fused(decoder), _DECODER),
         decoder_heads=None if config is None or not decoder else setting(config, "decoder_num_attention_heads", int),

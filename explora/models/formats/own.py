@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,8 +11,7 @@ from pydantic import Field, model_validator
 
 from explora.config import Config, validate
 from explora.errors import ConfigError, WeightsError
-from explora.models.channels import ChannelGroups
-from explora.models.formats.checkpoint import Architecture, Checkpoint, Scale, Source, Value
+from explora.models.formats.checkpoint import Architecture, Checkpoint, Groups, Scale, Source, Value
 from explora.models.positions import PositionMode
 
 
@@ -26,7 +26,7 @@ class Facts(Config):
     """timm arguments that differ from the named architecture's."""
     positions: PositionMode = "timm"
     """How positions are resampled to other sizes."""
-    channel_groups: ChannelGroups | None = None
+    channel_groups: Groups | None = None
     """Channels of each group, null where all are embedded at once."""
     mean: Scale | None = None
     """Channel mean of images in [0, 1] that the weights expect."""
@@ -58,7 +58,20 @@ def facts(metadata: Mapping[str, Any], file: str) -> Facts:
 
 
 def described(checkpoint: Checkpoint, facts: Facts, file: str) -> Checkpoint:
-    """A checkpoint with what was recorded in the place of what was inferred."""
+    """A checkpoint with what was recorded in the place of what was inferred.
+
+    Raises:
+        WeightsError: mean and std are of other channels than the patch embedding's.
+    """
+    convs = [
+        tensor for name, tensor in checkpoint.tensors.items() if re.match(r"patch_embed\.(\d+\.)?proj\.weight$", name)
+    ]
+    channels = sum(conv.shape[1] for conv in convs if conv.dim() == 4)
+    if facts.mean is not None and channels not in (0, len(facts.mean)):
+        raise WeightsError(
+            f"{file}: damaged metadata: mean and std of {len(facts.mean)} channels, but its patch "
+            f"embedding has {channels}"
+        )
     shaped = Architecture(
         facts.name,
         facts.image_size,

@@ -38,6 +38,8 @@ PLAIN = Family(
         for patch in patches
     ]
 )
+_OURS = {"num_classes", "global_pool", "fc_norm", "use_fc_norm", "img_size", "dynamic_img_size"}
+"""Arguments of timm that `build` sets itself."""
 _BEYOND = ("norm_pre.", "patch_embed.norm.", ".q_norm.", ".attn.norm.", ".mlp.norm.")
 
 
@@ -77,10 +79,6 @@ def folder(tensors: Tensors, config: Mapping[str, Any]) -> Checkpoint:
     mean, std = scale(pretrained, "mean", "std")
     shaped = Architecture(name, size, options, mean=mean, std=std, recorded=True)
     return Checkpoint("timm", shaped, found, licence=str(pretrained.get("license") or UNKNOWN), notes=notes)
-
-
-_OURS = {"num_classes", "global_pool", "fc_norm", "use_fc_norm", "img_size", "dynamic_img_size"}
-"""Arguments of timm that `build` sets itself."""
 
 
 def _as_dinov2(tensors: Tensors) -> bool:
