@@ -15,6 +15,7 @@ from explora.adapt import AnyMethod, Method
 from explora.config import Config
 from explora.data import AnyViews, Views
 from explora.evaluation import AnyEvaluator, Evaluator
+from explora.models import exports, formats
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [name for name in ("explora", "launch", "data_shards") if (ROOT / name).is_dir()]
@@ -158,6 +159,23 @@ def test_whatever_a_room_defines_can_be_named_in_a_config(kind: type[Config], un
     for member in members:
         (tag,) = get_args(member.model_fields["name"].annotation)
         assert member.model_fields["name"].default == tag
+
+
+def modules_with(room: str, function: str) -> set[str]:
+    """Modules of a room that define a function of this name at their top."""
+    found = set()
+    for path in (ROOT / room).glob("*.py"):
+        body = ast.parse(path.read_text()).body
+        if any(isinstance(node, ast.FunctionDef) and node.name == function for node in body):
+            found.add(path.stem)
+    return found - {"__init__"}
+
+
+def test_whatever_reads_or_writes_weights_is_named() -> None:
+    assert modules_with("explora/models/formats", "read") <= set(formats.__all__)
+    written = {type(writer) for writer in exports.FORMATS.values()}
+    importable = {path.stem for path in (ROOT / "explora/models/exports").glob("*.py")} - {"__init__", "base", "card"}
+    assert importable == {kind.__module__.rpartition(".")[2] for kind in written} == set(exports.FORMATS)
 
 
 def config_classes() -> set[type[Config]]:
