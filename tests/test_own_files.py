@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -206,16 +205,19 @@ def test_the_refusal_names_what_would_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_damaged_pickle_is_a_user_error_or_read(seed: int, tmp_path: Path) -> None:
-    """Bytes of the pickle itself are changed, which torch reads opcode by opcode."""
-    path = tmp_path / "x.pth"
-    torch.save({"a": torch.ones(2), "b": {"c": 3}}, path)
-    content = bytearray(path.read_bytes())
-    rng = np.random.default_rng(seed)
-    start = content.index(b"data.pkl")
-    for place in rng.integers(start + 40, start + 200, 8):
-        content[place] = rng.integers(256)
-    path.write_bytes(content)
-    with contextlib.suppress(WeightsError):
-        read_file(path)
+def test_a_damaged_pickle_is_a_user_error_or_read(tmp_path: Path) -> None:
+    """Bytes of the pickle itself are changed, which torch reads opcode by opcode: no other error may come of it."""
+    path, refused = tmp_path / "x.pth", 0
+    for seed in range(20):
+        torch.save({"a": torch.ones(2), "b": {"c": 3}}, path)
+        content = bytearray(path.read_bytes())
+        rng = np.random.default_rng(seed)
+        start = content.index(b"data.pkl")
+        for place in rng.integers(start + 40, start + 200, 8):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            read_file(path)
+        except WeightsError:
+            refused += 1
+    assert refused >= 10

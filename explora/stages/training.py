@@ -111,10 +111,15 @@ def fit_views(views: V, vit: ViT) -> V:
         ConfigError: a crop size does not fit the patches.
     """
     patch = vit.patch_size
-    facts = {"mean": vit.mean, "std": vit.std, "patch_size": patch}
-    facts |= {"size": vit.image_size, "global_size": vit.image_size}
-    facts |= {"groups": vit.groups}
-    facts["local_size"] = max(1, round(vit.image_size * 3 / 7 / patch)) * patch
+    facts = {
+        "mean": vit.mean,
+        "std": vit.std,
+        "patch_size": patch,
+        "groups": vit.groups,
+        "size": vit.image_size,
+        "global_size": vit.image_size,
+        "local_size": max(1, round(vit.image_size * 3 / 7 / patch)) * patch,
+    }
     open_fields = {
         name: value
         for name, value in facts.items()
