@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from explora.distributed import rank
 from explora.engine import OptimConfig, Optimizer
-from explora.models.blocks import decoder_blocks
+from explora.models.attention import Group
+from explora.models.blocks import Layout, decoder_blocks
 from explora.objectives import MAE, MAEConfig
 from explora.objectives.decoder import patchify, unpatchify
 from explora.schedules import Progress
@@ -46,9 +47,11 @@ class Encoder(nn.Module):
         x = [embed(patchify(part, 4)) for embed, part in zip(self.patch_embed, parts, strict=True)]
         x = (torch.cat(x, 1) + self.pos_embed).gather(1, keep.unsqueeze(-1).expand(-1, -1, self.width))
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        layout = Layout((Group(*x.shape[:2]),))
+        x = x.flatten(0, 1)
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            x = block(x, layout)
+        return self.norm(x).unflatten(0, layout.groups[0])
 
 
 def made(groups: Any = None, channels: int = 3, dtype: torch.dtype = torch.float64, **settings: Any) -> MAE:

@@ -1,7 +1,12 @@
-"""One transformer block over packed sequences: timm's plain `Block` and its `EvaBlock` (DINOv3)."""
+"""One transformer block over packed sequences: timm's plain `Block` and its `EvaBlock` (DINOv3), taken over whole.
+
+A block is a module that is called, with all its parameters inside, so that it can be recomputed, compiled or sharded
+from outside.
+"""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +31,7 @@ class Layout(NamedTuple):
 
 
 def known(block: nn.Module) -> bool:
-    """Whether `run_block` covers all parts of a block."""
+    """Whether `packed` covers all parts of a block."""
     if type(block) is Block:
         return type(block.attn) is Attention and block.attn.gate is None
     if type(block) is EvaBlock:
@@ -34,40 +39,67 @@ def known(block: nn.Module) -> bool:
     return False
 
 
+def packed(block: nn.Module) -> PackedBlock:
+    """The block of ours that takes over one of timm's that is `known`: its modules, parameters and their names."""
+    return _Eva(block) if type(block) is EvaBlock else _Plain(block)
+
+
 def decoder_blocks(width: int, depth: int, heads: int) -> nn.ModuleList:
-    """`depth` plain blocks, (B, T, width) to the same shape, without LayerScale; `width` is a multiple of `heads`.
+    """`depth` plain blocks, T tokens of `width` to as many, without LayerScale; `width` is a multiple of `heads`.
 
     They are timm's, so that they bear the names of official MAE checkpoints.
     """
-    return nn.ModuleList([Block(width, heads, qkv_bias=True) for _ in range(depth)])
+    return nn.ModuleList([packed(Block(width, heads, qkv_bias=True)) for _ in range(depth)])
 
 
-def run_block(block: Any, x_TD: Tensor, layout: Layout, drop: float = 0.0) -> Tensor:
-    """Attention, then the MLP, each added to the residual stream.
+class PackedBlock(nn.Module, abc.ABC):
+    """Attention, then the MLP, each added to the residual stream."""
 
-    Args:
-        drop: the part of the images of each group that skips a branch (drop path); others count the more.
-    """
-    attention, mlp = _eva(block) if isinstance(block, EvaBlock) else _plain(block)
-    x_TD = residual(attention, x_TD, layout, drop)
-    return residual(mlp, x_TD, layout, drop)
+    def forward(self, x_TD: Tensor, layout: Layout, drop: float = 0.0) -> Tensor:
+        """The stream (T, D) after this block.
+
+        Args:
+            drop: the part of the images of each group that skips a branch (drop path); others count the more.
+        """
+        x_TD = residual(self._attend, x_TD, layout, drop)
+        return residual(self._transform, x_TD, layout, drop)
+
+    @abc.abstractmethod
+    def _attend(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        """What attention adds."""
+
+    @abc.abstractmethod
+    def _transform(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        """What the MLP adds."""
+
+
+class _Plain(PackedBlock):
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
+        self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
+
+    def _attend(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        return self.ls1(_attention(self.attn, self.norm1(x_TD), layout))
+
+    def _transform(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x_TD)))
+
+
+class _Eva(PackedBlock):
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.gamma_1 = block.norm1, block.attn, block.gamma_1
+        self.norm2, self.mlp, self.gamma_2 = block.norm2, block.mlp, block.gamma_2
+
+    def _attend(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        return _scaled(self.gamma_1, _attention(self.attn, self.norm1(x_TD), layout))
+
+    def _transform(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        return _scaled(self.gamma_2, self.mlp(self.norm2(x_TD)))
 
 
 Branch = Callable[[Tensor, Layout], Tensor]
-
-
-def _plain(block: Any) -> tuple[Branch, Branch]:
-    return (
-        lambda x, layout: block.ls1(_attention(block.attn, block.norm1(x), layout)),
-        lambda x, _: block.ls2(block.mlp(block.norm2(x))),
-    )
-
-
-def _eva(block: EvaBlock) -> tuple[Branch, Branch]:
-    return (
-        lambda x, layout: _scaled(block.gamma_1, _attention(block.attn, block.norm1(x), layout)),
-        lambda x, _: _scaled(block.gamma_2, block.mlp(block.norm2(x))),
-    )
 
 
 def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:

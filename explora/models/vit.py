@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from explora.errors import WeightsError
 from explora.models.attention import Group
-from explora.models.blocks import Layout, known, run_block
+from explora.models.blocks import Layout, known, packed
 from explora.models.channels import (
     ChannelGroups,
     check_groups,
@@ -40,8 +39,7 @@ __all__ = ["BlockFeatures", "Mixup", "Tokens", "ViT", "build", "timm"]
 Options = Mapping[str, int | float | bool | str]
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):  # a tuple, so that whoever shards a model finds the tensors in what it puts out
     """What the final norm puts out for one group of images."""
 
     cls_BD: Tensor
@@ -50,8 +48,7 @@ class Tokens:
     """Row by row; with channel groups all patches of the first group, then those of the second, and so on."""
 
 
-@dataclass(frozen=True)
-class BlockFeatures:
+class BlockFeatures(NamedTuple):
     """What evaluators read: the class token of the last n blocks, each through the final norm."""
 
     cls: Tensor
@@ -77,6 +74,9 @@ class ViT(nn.Module):
     Raises:
         WeightsError: the architecture has parts that this forward pass does not know, or the groups do not fit it.
     """
+
+    entries = ("visible", "features")
+    """The methods other than `forward` through which it is entered from outside."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class ViT(nn.Module):
         self.patch_embed: PatchEmbed | nn.ModuleList = model.patch_embed
         self.rope: Any = model.rope if isinstance(model, Eva) else None
         self.norm_pre = model.norm_pre
-        self.blocks = model.blocks
+        self.blocks = nn.ModuleList([packed(block) for block in model.blocks])
         self.norm = model.norm
         if channel_groups is not None:
             self._group(channel_groups, channel_width)
@@ -163,7 +163,7 @@ class ViT(nn.Module):
         x, layout = self._pack([images], None)
         outputs = []
         for number, block in enumerate(self.blocks):
-            x = run_block(block, x, layout, self._drop())
+            x = block(x, layout, self._drop())
             if number >= self.depth - blocks:
                 outputs.append(self._tokens(self._unpack(self.norm(x), layout)[0]))
         last = outputs[-1].patches_BND.float()
@@ -191,7 +191,7 @@ class ViT(nn.Module):
 
     def _run(self, x_TD: Tensor, layout: Layout) -> Tensor:
         for block in self.blocks:
-            x_TD = run_block(block, x_TD, layout, self._drop())
+            x_TD = block(x_TD, layout, self._drop())
         return x_TD
 
     def _drop(self) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from explora.distributed import gather_counts
 from explora.models import ViT
+from explora.models.blocks import PackedBlock
 from explora.schedules import Progress
 
 Batch = dict[str, Tensor]
@@ -66,7 +67,7 @@ class Objective(nn.Module, abc.ABC):
         """What follows an optimizer step."""
 
     def health(self) -> dict[str, float]:
-        """Numbers about the last step that are no sums over its parts; reading them waits for the device."""
+        """Numbers about the last step that are no sums over its parts; every rank must ask. Waits for the device."""
         return {}
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
@@ -80,6 +81,16 @@ class Objective(nn.Module, abc.ABC):
     def lr_scale(self, role: str, progress: Progress) -> float:
         """Factor on the learning rate of all parameters of a role at this step."""
         return 1.0
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """The modules that are called on their own, which between them hold all parameters."""
+        return [self.backbone, *self.heads]
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """The blocks inside the roots: what to recompute, compile and shard."""
+        return [module for root in self.roots for module in root.modules() if isinstance(module, PackedBlock)]
 
     def frozen(self) -> dict[str, Tensor]:
         """The frozen base: the backbone's parameters that do not learn, by name."""

@@ -16,7 +16,7 @@ from explora.config import Config
 from explora.errors import ConfigError, WeightsError
 from explora.models import ViT
 from explora.models.attention import Group
-from explora.models.blocks import Layout, decoder_blocks, run_block
+from explora.models.blocks import Layout, decoder_blocks
 from explora.models.channels import group_positions, group_tables
 from explora.models.positions import resample_positions, sincos_grid
 
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
         layout = Layout((Group(*x.shape[:2]),))
         x = x.flatten(0, 1)
         for block in self.blocks:
-            x = run_block(block, x, layout)
+            x = block(x, layout)
         parts = self.norm(x).unflatten(0, layout.groups[0])[:, prefix:].chunk(len(self.channels), 1)
         return [layer(part) for layer, part in zip(self._predictions(), parts, strict=True)]
 

@@ -69,8 +69,6 @@ class DINOv2(Objective):
         self.teacher = over_frozen(self.student)
         self.teacher.local_norm = None
         self.anchor = over_frozen(backbone) if config.gram_weight > 0 else None
-        students = dict(self.student.named_parameters())
-        self._pairs = [(p, students[name]) for name, p in self.teacher.named_parameters() if p is not students[name]]
         self.cls_center = nn.Buffer(torch.zeros(self.prototypes))
         self.patch_center = nn.Buffer(torch.zeros(self.prototypes))
         self._moves: list[tuple[Tensor, Tensor]] = []  # centres and where this step's batch draws them
@@ -88,6 +86,11 @@ class DINOv2(Objective):
     @property
     def heads(self) -> list[nn.Module]:
         return [module for name, module in self.student.named_children() if name != "backbone"]
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        called = [*self.student.children(), *self.teacher.children(), *filter(None, [self.anchor])]
+        return [root for part in called for root in (part.children() if isinstance(part, DINOHead) else [part])]
 
     def train(self, mode: bool = True) -> DINOv2:
         """Teacher and anchor always run in eval mode."""
@@ -117,8 +120,13 @@ class DINOv2(Objective):
         return {**self.frozen(), **{f"anchor.{name}": p for name, p in own}}
 
     def learnt(self) -> dict[str, Tensor]:
-        """All but the frozen base and the anchor, which the source weights give again at every start."""
-        return {name: tensor for name, tensor in super().learnt().items() if not name.startswith("anchor.")}
+        """All but the frozen base and the anchor, which the source weights give again at every start.
+
+        It goes by names: where everything is sharded, the teacher's shards of the base are tensors of their own.
+        """
+        shared = {f"teacher.{name}" for name, p in self.student.named_parameters() if not p.requires_grad}
+        known = super().learnt().items()
+        return {name: tensor for name, tensor in known if name not in shared and not name.startswith("anchor.")}
 
     def health(self) -> dict[str, float]:
         use = self._use.value()
@@ -179,8 +187,9 @@ class DINOv2(Objective):
         for center, mean in self._moves:
             center.lerp_(mean, 1 - self.config.center_momentum)
         momentum = cosine(*self.config.momentum, progress.fraction)
-        teachers, students = zip(*self._pairs, strict=True)
-        torch._foreach_lerp_(list(teachers), list(students), 1 - momentum)
+        teachers, students = dict(self.teacher.named_parameters()), dict(self.student.named_parameters())
+        owned = [name for name in teachers if students[name].requires_grad]
+        torch._foreach_lerp_([teachers[name] for name in owned], [students[name] for name in owned], 1 - momentum)
 
     def _teach(self, batch: Batch, masked_M: Tensor) -> tuple[Tensor, Tensor]:
         """Where the teacher's heads put class tokens, each crop's in the other's place, and masked patches."""
@@ -200,7 +209,7 @@ class DINOv2(Objective):
     ) -> list[centring.Rows]:
         """Targets of each micro-batch; where it is not the only one, what is kept of its rows is their points."""
         alone = len(points) == 1
-        prototypes = head.last_layer.directions
+        prototypes = head.last_layer.directions()
         logits = [centring.kept(partial(F.linear, part, prototypes), alone) for part in points]
         if self.config.centering == "sinkhorn":
             shift = centring.sinkhorn(logits, temperature)

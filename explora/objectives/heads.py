@@ -19,13 +19,18 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1))
         self.weight_v = nn.Parameter(nn.Linear(width, prototypes, bias=False).weight.detach().clone())
 
-    @property
+    entries = ("directions",)
+    """The methods other than `forward` through which it is entered from outside."""
+
     def directions(self) -> Tensor:
         """(K, width)."""
-        return self.weight_g * F.normalize(self.weight_v, dim=1)
+        return self._directions()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.directions)
+        return F.linear(x, self._directions())
+
+    def _directions(self) -> Tensor:
+        return self.weight_g * F.normalize(self.weight_v, dim=1)
 
 
 class DINOHead(nn.Module):

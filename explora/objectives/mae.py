@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from explora.config import Config
+from explora.distributed import all_reduce_sum
 from explora.errors import ConfigError
 from explora.models import ViT
 from explora.objectives.base import Batch, Objective, StepOutput, shares
@@ -124,11 +125,12 @@ class MAE(Objective):
     def health(self) -> dict[str, float]:
         """`explained`: what predictions save of the error of painting each hidden patch in its own mean, at most 1.
 
-        At 0 they are blind. Of this rank's images only, unlike the loss.
+        At 0 they are blind.
         """
         if not self._errors:
             return {}
-        ours, blind = (float(sum(values)) for values in zip(*self._errors, strict=True))
+        pairs = torch.stack([torch.stack(pair) for pair in self._errors])
+        ours, blind = all_reduce_sum(pairs.sum(0)).tolist()
         return {"explained": 1 - ours / blind if blind else 0.0}
 
     @torch.no_grad()
