@@ -5,10 +5,15 @@
     ├── DataError        images, shards or manifests cannot be read, or do not fit the task
     ├── WeightsError     a checkpoint does not fit the model, or only in part
     └── RunError         a run folder is in use, does not match, or cannot be written
-        └── TrainingError    training cannot go on (for example non-finite losses)
+        ├── TrainingError    training cannot go on (for example non-finite losses)
+        └── Preempted        asked to stop by a signal: no mistake, all is saved
 
 The message says what is wrong and what to do; the command line prints it without a traceback.
 """
+
+from __future__ import annotations
+
+import signal as signals
 
 
 class ExploraError(ValueError):
@@ -33,3 +38,16 @@ class RunError(ExploraError):
 
 class TrainingError(RunError):
     """Training cannot go on, for example because losses stay non-finite."""
+
+
+class Preempted(RunError):
+    """The run was asked to stop and has saved; running again goes on from there."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+        """Number of the signal that asked."""
+
+    def __str__(self) -> str:
+        name = signals.Signals(self.signal).name
+        return f"stopped by {name}; everything is saved, run again to go on from here"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from explora.distributed.world import local_rank
 from explora.errors import RunError
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -15,11 +16,20 @@ Precision = Literal["auto", "fp32", "bf16"]
 def device_of(name: str) -> torch.device:
     """The device that a config names; `auto` takes a GPU when there is one.
 
+    Of several GPUs `auto` and `cuda` take the one with this rank's number on its host; where only one is visible it
+    is this rank's own, as some clusters show each task only its device.
+
     Raises:
         RunError: there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        visible = torch.cuda.device_count()
+        number = local_rank() if visible > 1 else 0
+        if number >= visible:
+            raise RunError(f"local rank {number} has no GPU of its own: this host shows {visible}; start fewer ranks")
+        return torch.device("cuda", number)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
