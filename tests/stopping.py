@@ -49,9 +49,9 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     """Let every training fail inside step number `index`."""
     train = Training._train
 
-    def stopping(self: Training, step: Any) -> Any:
+    def stopping(self: Training, step: Any, *others: Any) -> Any:
         if step.index == index:
             raise Stop
-        return train(self, step)
+        return train(self, step, *others)
 
     monkeypatch.setattr(Training, "_train", stopping)

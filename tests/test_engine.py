@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from torch import Tensor
 from explora.adapt import ExPLoRA, Full, Method, adapt
 from explora.config import Config
 from explora.data import Crop, MultiCrop, ShardSet, Stream
+from explora.distributed import Parallel, Plan, on_first, rank, size
 from explora.engine import LoopConfig, OptimConfig, Optimizer, Rule, Training, checkpoint
-from explora.errors import ConfigError, RunError, TrainingError
+from explora.engine.preemption import Asked
+from explora.errors import ConfigError, TrainingError
 from explora.models import ModelConfig, ViT, load_model
-from explora.objectives import DINOv2, DINOv2Config, StepOutput
+from explora.objectives import DINOv2, DINOv2Config, Objective, StepOutput
 from explora.objectives.dinov2 import HeadConfig
 from explora.runs import Run
 from explora.schedules import Length, Progress, cosine
@@ -46,17 +47,32 @@ def dinov2(method: Method = METHOD, seed: int = 0, **changes: Any) -> DINOv2:
     return DINOv2(DINOv2Config(**{"head": HEAD, "centering": "softmax", **changes}), vit, BATCH)
 
 
+ALONE = Plan("none", "trainable", "alone")
+
+
+def spread(objective: Objective, plan: Plan = ALONE) -> Parallel:
+    """It on the ranks there are, or on one."""
+    return Parallel(objective, objective.roots, objective.units, plan, torch.device("cpu"), "fp32")
+
+
 @contextmanager
 def training(
-    folder: Path, shards: Path, objective: DINOv2 | None = None, loop: LoopConfig = LOOP
+    folder: Path,
+    shards: Path,
+    objective: DINOv2 | None = None,
+    loop: LoopConfig = LOOP,
+    plan: Plan = ALONE,
+    steps: int = STEPS,
 ) -> Iterator[Training]:
     objective = objective or dinov2()
-    with Run.open(folder, Config()) as run:
+    with Run.open(folder, Config()) if rank() == 0 else nullcontext(Run.followed(folder)) as run:
+        on_first(lambda: None)  # the folder is there
         shard_set = ShardSet.open(shards)
-        stream = Stream(shard_set, VIEWS, batch_size=BATCH, seed=0, workers=0)
-        progress = Progress(0, STEPS, BATCH, len(shard_set))
+        stream = Stream(shard_set, VIEWS, batch_size=BATCH, seed=0, workers=0, rank=rank(), ranks=size())
+        progress = Progress(0, steps, BATCH, len(shard_set))
+        parallel = spread(objective, plan)
         optimizer = Optimizer(OptimConfig(), objective, BATCH)
-        yield Training(loop, run, objective, optimizer, stream, VIEWS, progress, 0)
+        yield Training(loop, run, parallel, optimizer, stream, VIEWS, progress, 0)
 
 
 def state(training: Training) -> dict[str, Tensor]:
@@ -153,9 +169,11 @@ def test_restored_moments_go_where_the_parameters_are() -> None:
         parameter.grad = torch.ones_like(parameter)
     trained.step(progress, torch.zeros(()))
     elsewhere = Optimizer(OptimConfig(), dinov2().to("meta"), BATCH)
-    elsewhere.load_state(trained.state())
-    assert elsewhere.state().keys() == trained.state().keys()
-    assert {value.device.type for value in elsewhere.state().values()} == {"meta"}
+    blank = elsewhere.blank_state(trained.state())
+    assert {name: (value.dtype, value.shape) for name, value in blank.items()} == {
+        name: (value.dtype, value.shape) for name, value in trained.state().items()
+    }
+    assert {value.device.type for value in blank.values()} == {"meta"}
 
 
 def poison(objective: DINOv2, what: str, at: set[int]) -> None:
@@ -177,10 +195,10 @@ def poison(objective: DINOv2, what: str, at: set[int]) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, shards: dict[str, Path], what: str) -> None:
     objective = dinov2()
     poison(objective, what, {2, 4})
-    with training(tmp_path, shards["train"], objective) as one:
+    with training(tmp_path, shards["train"], objective) as one, checkpoint.Saver(tmp_path / "none") as saver:
         for step in one.stream.steps(STEPS):
             before = state(one)
-            row = one._train(step)
+            row = one._train(step, Asked(), saver).row
             if step.index in (2, 4):
                 assert_same(before, state(one))
                 assert row["grad_norm"] is None
@@ -216,127 +234,4 @@ def test_views_that_lack_what_the_objective_needs(tmp_path: Path, shards: dict[s
         training(tmp_path, shards["train"]) as one,
         pytest.raises(ConfigError, match=r"makes no \['global', 'local', "),
     ):
-        Training(LOOP, one.run, one.objective, one.optimizer, one.stream, Crop(size=32), one.progress, 0)
-
-
-# Checkpoints
-
-
-@pytest.fixture
-def finished(tmp_path: Path, shards: dict[str, Path]) -> tuple[Path, dict[str, Tensor]]:
-    """A folder trained to the end, with checkpoints of steps 4 and 6, and the state it ended in."""
-    with training(tmp_path / "run", shards["train"]) as one:
-        one.fit()
-        return tmp_path / "run", state(one)
-
-
-def resumed(folder: Path, shards: dict[str, Path]) -> tuple[list[int], dict[str, Tensor]]:
-    """Steps taken and state reached by running again."""
-    with training(folder, shards["train"]) as one:
-        one._resume()
-        first = one.progress.step
-        one.fit()
-        return list(range(first, one.progress.step)), state(one)
-
-
-def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(3, 4), "b/c": torch.arange(5), "scalar": torch.tensor(2.5)}
-    for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, tensors, {"position": {"samples": step}})
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    path, values = found
-    assert (values["step"], values["position"]) == (3, {"samples": 3})
-    loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    checkpoint.load(path, loaded)
-    assert_same(tensors, loaded)
-    with pytest.raises(RunError, match="does not fit this run"):
-        checkpoint.load(path, {"other": torch.zeros(2)})
-    assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000003"}
-
-
-def test_running_again_after_the_end_changes_nothing(finished: Any, shards: dict[str, Path]) -> None:
-    folder, end = finished
-    taken, again = resumed(folder, shards)
-    assert taken == []
-    assert_same(end, again)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "no state", "torn state", "missing file"])
-def test_a_torn_checkpoint_falls_back_to_the_one_before(
-    finished: Any, shards: dict[str, Path], damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder, end = finished
-    tear(folder / "checkpoints" / "step-00000006", damage)
-    caplog.set_level(logging.INFO, "explora")
-    taken, again = resumed(folder, shards)
-    assert taken == [4, 5]
-    assert_same(end, again)
-    assert "step-00000006 is damaged and passed over" in caplog.text
-    assert "resuming at step 4 of 6" in caplog.text
-    assert logged(folder) == [1, 2, 3, 4, 5, 6]
-
-
-def test_two_torn_checkpoints_mean_a_new_start(finished: Any, shards: dict[str, Path]) -> None:
-    folder, end = finished
-    for step in (4, 6):
-        tear(folder / "checkpoints" / f"step-{step:08d}", "truncated")
-    taken, again = resumed(folder, shards)
-    assert taken == [0, 1, 2, 3, 4, 5]
-    assert_same(end, again)
-    assert logged(folder) == [1, 2, 3, 4, 5, 6]
-
-
-def logged(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def tear(path: Path, damage: str) -> None:
-    data = next(path.glob("*.distcp"))
-    if damage == "truncated":
-        with data.open("rb+") as file:
-            file.truncate(data.stat().st_size - 1)
-    elif damage == "missing file":
-        data.unlink()
-    elif damage == "no state":
-        (path / "state.json").unlink()
-    else:
-        (path / "state.json").write_text('{"step": 6, "fi')
-
-
-def test_a_checkpoint_is_as_large_as_what_is_trained(tmp_path: Path, shards: dict[str, Path]) -> None:
-    objective = dinov2(head=HeadConfig(prototypes=512, hidden=256, bottleneck=128))
-    with training(tmp_path, shards["train"], objective) as one:
-        one.fit()
-    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    centres = objective.cls_center.numel() + objective.patch_center.numel()
-    expected = 4 * (trained * 4 + centres)  # student, two moments, teacher, in fp32
-    folder = checkpoint.checkpoints(tmp_path / "checkpoints")[-1]
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    assert abs(size - expected) < 0.1 * expected + 100_000
-    assert sum(p.numel() for p in objective.frozen().values()) > 5_000  # there is a base that it does not hold
-
-
-def test_another_frozen_base_is_refused(finished: Any, shards: dict[str, Path]) -> None:
-    folder, _ = finished
-    with (
-        pytest.raises(RunError, match="other frozen weights than the ones loaded now; restore the weights file"),
-        training(folder, shards["train"], dinov2(seed=5)) as one,
-    ):
-        one.fit()
-
-
-def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path) -> None:
-    folder = small_disk / "checkpoints"
-    tensors = {"a": torch.randn(100_000)}
-    checkpoint.save(folder, 1, tensors, {})
-    checkpoint.save(folder, 2, tensors, {})
-    with pytest.raises(RunError, match="cannot save a checkpoint: No space left on device; free some space, then run"):
-        checkpoint.save(folder, 3, {"a": torch.randn(150_000)}, {})
-    assert {path.name for path in folder.iterdir()} == {"step-00000001", "step-00000002"}
-    found = checkpoint.newest(folder)
-    assert found is not None
-    loaded = {"a": torch.zeros(100_000)}
-    checkpoint.load(found[0], loaded)
-    assert_same(tensors, loaded)
+        Training(LOOP, one.run, one.parallel, one.optimizer, one.stream, Crop(size=32), one.progress, 0)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
-from test_engine import BATCH, LOOP, STEPS, VIEWS, assert_same, backbone, dinov2, state, tear
+from test_checkpoint import tear
+from test_engine import BATCH, LOOP, STEPS, VIEWS, assert_same, backbone, dinov2, spread, state
 from torch import Tensor
 
 from explora.config import Config
@@ -47,7 +48,7 @@ def watched(
         yield Training(
             LOOP.model_copy(update=loop),
             run,
-            objective,
+            spread(objective),
             Optimizer(OptimConfig(lr=1e-2), objective, BATCH),
             Stream(shard_set, VIEWS, batch_size=BATCH, seed=0, workers=0),
             VIEWS,

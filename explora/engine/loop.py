@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,19 +14,23 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
+from explora import config as configs
 from explora.config import Config
 from explora.data import Step, Stream, Views
-from explora.distributed import Precision, autocast, device_of
-from explora.engine import checkpoint
+from explora.distributed import Parallel, Precision, all_reduce_sum, autocast, device_of, gathered, rank, size
+from explora.engine import checkpoint, preemption
 from explora.engine.monitor import Monitor, Seen
 from explora.engine.optim import Optimizer
-from explora.errors import ConfigError, RunError, TrainingError
+from explora.engine.watchdog import watched
+from explora.errors import ConfigError, Preempted, RunError, TrainingError
 from explora.models import fingerprint
 from explora.objectives import Objective
 from explora.runs import Run
 from explora.schedules import Progress
 
 logger = logging.getLogger("explora")
+
+_DAY = 24 * 3600
 
 
 class LoopConfig(Config):
@@ -34,13 +39,23 @@ class LoopConfig(Config):
     precision: Precision = "auto"
     """Format of matrix products: fp32, bf16, or `auto` (bf16 where it is fast). Weights and losses stay fp32."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; `auto` takes a GPU when there is one."""
+    """cpu, cuda, cuda:1, ...; `auto` takes a GPU when there is one, of several that of the rank's number."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = Field("auto", json_schema_extra=configs.free)
+    """How several ranks share the model: whole on each, in shards, in shards within each node, or what fits first."""
+    shard: Literal["auto", "trainable", "all"] = Field("auto", json_schema_extra=configs.free)
+    """What is sharded: what trains, everything, or the frozen base only where it does not fit."""
+    activation_checkpointing: Literal["none", "selective", "full"] = Field("none", json_schema_extra=configs.free)
+    """What the backward pass computes again to save memory: nothing, the cheap part of each block, or all of it."""
+    compile: bool = Field(False, json_schema_extra=configs.free)
+    """Compile each block; takes minutes at the start."""
     log_every: int = Field(10, ge=1)
     """Steps between rows of metrics.jsonl."""
-    save_every: int = Field(100, ge=1)
+    save_every: int = Field(100, ge=1, json_schema_extra=configs.free)
     """Steps between checkpoints."""
     max_skipped: int = Field(20, ge=1)
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    hang_minutes: float | None = Field(30, gt=0, json_schema_extra=configs.free)
+    """Minutes without a step after which several ranks write where they stand and end; null waits for ever."""
 
 
 @dataclass
@@ -55,64 +70,88 @@ class Outcome:
     """What the monitor found; None where there is none."""
 
 
+class _Agreed(NamedTuple):
+    """What all ranks know after a step."""
+
+    row: dict[str, Any]
+    """Loss and parts of the whole step, gradient norm and learning rate."""
+    stop: int | None
+    """The signal that some rank got."""
+    failed: bool
+    """Whether some rank knows that the latest checkpoint could not be written."""
+
+
 class Training:
     """Everything that moves during a run, with its checkpoints.
 
     Args:
         run: where metrics and checkpoints go.
+        parallel: the objective on its ranks.
         progress: the run's length; its step is where a fresh run starts.
         seed: dropout, drop path and mixup of step i draw from (seed, i), so a resumed run repeats them.
         monitor: looks at the objective's result before the first step, every so often, and at the end; a run
             with it learns exactly what it learns without.
+        base: `fingerprint` of the frozen base as it was before `parallel` stored it in another format; that of the
+            base as it is now when left out.
     """
 
     def __init__(
         self,
         config: LoopConfig,
         run: Run,
-        objective: Objective,
+        parallel: Parallel,
         optimizer: Optimizer,
         stream: Stream,
         views: Views,
         progress: Progress,
         seed: int,
         monitor: Monitor | None = None,
+        base: str | None = None,
     ) -> None:
-        lacking = objective.inputs - views.names()
+        assert isinstance(parallel.module, Objective)
+        self.parallel, self.objective = parallel, parallel.module
+        lacking = self.objective.inputs - views.names()
         if lacking:
             raise ConfigError(f"views: '{type(views).__name__}' makes no {sorted(lacking)}, which the objective needs")
-        self.config, self.run, self.objective, self.optimizer = config, run, objective, optimizer
+        self.config, self.run, self.optimizer = config, run, optimizer
         self.stream, self.views, self.progress, self.seed = stream, views, progress, seed
         self.monitor = monitor
         self.device = device_of(config.device)
-        self.base = fingerprint(objective.base())
+        self.base = base or fingerprint(gathered(self.objective.base()))
         self.outcome = Outcome()
         self._in_a_row = 0
+        self._advised = False
 
     def fit(self) -> Outcome:
-        """Train from the newest checkpoint, or from the start, to the end.
+        """Train from the newest checkpoint, or from the start, to the end; every rank must ask.
 
         Raises:
+            Preempted: SIGUSR2 or SIGTERM came to any rank; all is saved.
             TrainingError: too many non-finite steps in a row.
             RunError: a checkpoint cannot be written, or belongs to another frozen base or other watched images.
         """
-        resumed = self._resume()
-        started = time.monotonic() - self.outcome.seconds - self._watched()
-        if not resumed and (seen := self._look()):
-            self._log(seen)
-        with self._bar() as bar:
-            for step in self.stream.steps(self.progress.steps):
-                row = self._train(step)
-                self.progress = self.progress._replace(step=step.index + 1)
-                self.outcome.seconds = time.monotonic() - started - self._watched()
-                bar.update(step.images)
-                seen = self._look()
-                if seen:
-                    bar.unpause()  # its pace and remaining time are those of training alone
-                if seen or self._due(self.config.log_every):
-                    self._log({**row, **self.objective.health(), **seen})
-                if self._due(self.config.save_every):
-                    self._save()
+        with (
+            preemption.listening() as asked,
+            watched(self.run.folder, self.config.hang_minutes) as alive,
+            checkpoint.Saver(self.run.folder / "checkpoints") as saver,
+        ):
+            resumed = self._resume()
+            started = time.monotonic() - self.outcome.seconds - self._watched()
+            if not resumed and (seen := self._look()):
+                self._log(seen)
+            with self._bar() as bar:
+                for step in self.stream.steps(self.progress.steps):
+                    agreed = self._train(step, asked, saver)
+                    alive()
+                    self.progress = self.progress._replace(step=step.index + 1)
+                    self.outcome.seconds = time.monotonic() - started - self._watched()
+                    bar.update(step.images)
+                    seen = self._look()
+                    if seen:
+                        bar.unpause()  # its pace and remaining time are those of training alone
+                    if seen or self._due(self.config.log_every):
+                        self._log({**agreed.row, **self.objective.health(), **seen})
+                    self._keep(agreed, saver)
         if self.monitor is not None:
             self.outcome.seen = self.monitor.seen
             share = self._watched() / (self.outcome.seconds + self._watched())
@@ -122,10 +161,11 @@ class Training:
     def _due(self, every: int) -> bool:
         return self.progress.step == self.progress.steps or self.progress.step % every == 0
 
-    def _train(self, step: Step) -> dict[str, Any]:
-        """One optimizer step; one wait for the device, at the check that all is finite."""
-        torch.manual_seed(hash((self.seed, step.index)) % 2**63)
-        np.random.seed(hash((self.seed, step.index)) % 2**32)  # timm's mixup draws from NumPy's global state
+    def _train(self, step: Step, asked: preemption.Asked, saver: checkpoint.Saver) -> _Agreed:
+        """One optimizer step; alone, with one wait for the device, at the check that all is finite."""
+        drawn = hash((self.seed, step.index)) + rank()
+        torch.manual_seed(drawn % 2**63)
+        np.random.seed(drawn % 2**32)  # timm's mixup draws from NumPy's global state
         batches = [
             self.views.finish({name: value.to(self.device, non_blocking=True) for name, value in batch.items()})
             for batch in step.micro_batches
@@ -133,19 +173,23 @@ class Training:
         totals: dict[str, Any] = {"loss": torch.zeros((), device=self.device)}
         with autocast(self.device, self.config.precision):
             targets = self.objective.targets(batches, self.progress)
-        for batch, target in zip(batches, targets, strict=True):
+        for number, (batch, target) in enumerate(zip(batches, targets, strict=True), 1):
             with autocast(self.device, self.config.precision):
-                output = self.objective(batch, target, self.progress)
+                output = self.parallel(batch, target, self.progress, last=number == len(batches))
             output.loss.backward()
             for name, part in {"loss": output.loss.detach(), **output.parts}.items():
                 totals[name] = totals.get(name, 0) + part
+        flags = [*asked.flags(), float(saver.failed)]
+        totals, everyones = _summed(totals, flags)
         norm = self.optimizer.step(self.progress, totals["loss"])
         if norm is None:
             self._skip(step)
         else:
             self._in_a_row = 0
             self.objective.after_step(self.progress)
-        return {**totals, "grad_norm": norm, "lr": self.optimizer.lr(self.progress)}
+        *signals, failed = flags if everyones is None else everyones.tolist()
+        row = {**totals, "grad_norm": norm, "lr": self.optimizer.lr(self.progress)}
+        return _Agreed(row, preemption.agreed(signals), bool(failed))
 
     def _skip(self, step: Step) -> None:
         self.outcome.skipped += 1
@@ -155,6 +199,33 @@ class Training:
             raise TrainingError(
                 f"{self._in_a_row} steps in a row had a non-finite loss or gradient; lower optim.lr or look at the "
                 f"images and weights, and start in another folder"
+            )
+
+    def _keep(self, agreed: _Agreed, saver: checkpoint.Saver) -> None:
+        """Save what is due, and stop where some rank was asked to."""
+        if agreed.failed:
+            saver.wait()
+        if agreed.stop is not None or self._due(self.config.save_every):
+            self._save(saver)
+        if agreed.stop is not None:
+            saver.wait()
+            logger.info("step %d: asked to stop; saved", self.progress.step)
+            raise Preempted(agreed.stop)
+        if saver.seconds is not None and not self._advised:
+            self._advise(*saver.seconds)
+
+    def _advise(self, waited: float, took: float) -> None:
+        """Say once what interval of checkpoints would lose the least time, where the config's is far from it."""
+        self._advised = True
+        step = self.outcome.seconds / self.progress.step
+        between = float(os.environ.get("EXPLORA_ALLOCATION_SECONDS", _DAY))
+        advised = round(min(max(checkpoint.advised_steps(step, waited, between), took / step), self.progress.steps))
+        every = self.config.save_every
+        if not advised / 2 <= every <= 2 * advised:
+            logger.info(
+                "loop.save_every: %d steps of %.3g s; a checkpoint stops training for %.2g s and is written in %.2g s, "
+                "so with a stop every %.3g h about %d would lose the least time",
+                *(every, step, waited, took, between / 3600, advised),
             )
 
     def _look(self) -> dict[str, float]:
@@ -168,45 +239,38 @@ class Training:
         return 0.0 if self.monitor is None else self.monitor.seen.seconds
 
     def _bar(self) -> tqdm:
-        """A progress bar that counts images."""
+        """A progress bar that counts images, of the first rank alone."""
         return tqdm(
             total=self.progress.steps * self.progress.batch,
             initial=self.progress.step * self.progress.batch,
             unit="img",
             desc=self.run.folder.name,
-            disable=None,  # only on a terminal
+            disable=True if rank() else None,  # None: only on a terminal
             dynamic_ncols=True,
         )
 
     def _log(self, row: dict[str, Any]) -> None:
-        done, seconds = self.progress.step, self.outcome.seconds
+        done, steps, seconds = self.progress.step, self.progress.steps, self.outcome.seconds
+        place = {"step": done, "steps": steps, "images": done * self.progress.batch, "seconds": round(seconds, 3)}
         numbers = {name: float(value) for name, value in row.items() if value is not None}
-        self.run.log_metrics(
-            {"step": done, "images": done * self.progress.batch, "seconds": round(seconds, 3), **numbers}
-        )
+        self.run.log_metrics({**place, **numbers})
         if done:
             logger.debug(
                 "step %d/%d  loss %.4f  lr %.2e  %.1f img/s  ETA %.0f s",
-                *(done, self.progress.steps, numbers["loss"], numbers["lr"]),
-                *(done * self.progress.batch / seconds, seconds / done * (self.progress.steps - done)),
+                *(done, steps, numbers["loss"], numbers["lr"]),
+                *(done * self.progress.batch / seconds, seconds / done * (steps - done)),
             )
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            **{f"objective/{name}": tensor.detach() for name, tensor in self.objective.learnt().items()},
-            **{f"optimizer/{name}": tensor for name, tensor in self.optimizer.state().items()},
-        }
-
-    def _save(self) -> None:
-        tensors = self._tensors()
+    def _save(self, saver: checkpoint.Saver) -> None:
+        moments = self.optimizer.state()
         values = {
             "position": self.stream.state_dict(),
             "frozen_base": self.base,
-            "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()},
+            "moments": list(moments),
             "outcome": {"seconds": self.outcome.seconds, "skipped": self.outcome.skipped},
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
         }
-        checkpoint.save(self.run.folder / "checkpoints", self.progress.step, tensors, values)
+        saver.save(self.progress.step, _named(self.objective.learnt(), moments), values)
 
     def _resume(self) -> bool:
         """Go to the newest checkpoint; False where there is none."""
@@ -220,17 +284,7 @@ class Training:
                 f"{path}: was trained on other frozen weights than the ones loaded now; "
                 "restore the weights file or start in another folder"
             )
-        tensors = {
-            name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
-            for name, (dtype, shape) in values["tensors"].items()
-        }
-        checkpoint.load(path, tensors)
-        learnt = self.objective.learnt()
-        for name, tensor in learnt.items():
-            tensor.detach().copy_(tensors[f"objective/{name}"])
-        self.optimizer.load_state(
-            {name.removeprefix("optimizer/"): t for name, t in tensors.items() if name.startswith("optimizer/")}
-        )
+        checkpoint.load(path, _named(self.objective.learnt(), self.optimizer.blank_state(values["moments"])))
         self.stream.load_state_dict(values["position"])
         if self.monitor is not None:
             self.monitor.load_state_dict(values["monitor"])
@@ -239,3 +293,21 @@ class Training:
         self.run.forget_metrics_after(values["step"])
         logger.info("resuming at step %d of %d", values["step"], self.progress.steps)
         return True
+
+
+def _named(learnt: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds, under its names; no copies."""
+    return {
+        **{f"objective/{name}": tensor.detach() for name, tensor in learnt.items()},
+        **{f"optimizer/{name}": tensor for name, tensor in moments.items()},
+    }
+
+
+def _summed(totals: dict[str, Tensor], flags: list[float]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Totals and flags over all ranks, in one exchange; None for flags that are this rank's alone."""
+    if size() == 1:
+        return totals, None
+    loss = totals["loss"]
+    mine = torch.stack([*(part.double() for part in totals.values()), *loss.new_tensor(flags, dtype=torch.float64)])
+    *parts, everyones = all_reduce_sum(mine).split([*[1] * len(totals), len(flags)])
+    return {name: part.squeeze(0) for name, part in zip(totals, parts, strict=True)}, everyones

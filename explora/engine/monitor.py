@@ -16,7 +16,7 @@ from torch import Tensor
 
 from explora.config import Config
 from explora.data import Center, Key, ShardSet
-from explora.distributed import Precision, autocast
+from explora.distributed import Precision, autocast, on_first
 from explora.errors import RunError, TrainingError
 from explora.evaluation import KNN, Features, rankme
 from explora.models import ViT
@@ -102,6 +102,8 @@ class Monitor:
     def look(self, vit: ViT, progress: Progress, precision: Precision = "auto") -> dict[str, float]:
         """What is found after so many steps, for the row of this step; nothing where it is not its turn.
 
+        Every rank must ask, because a sharded model needs all of them; what the first finds counts.
+
         Raises:
             DataError, TrainingError: as `measure`.
         """
@@ -110,7 +112,8 @@ class Monitor:
         if step != total and step % every:
             return {}
         began = time.monotonic()
-        found = self.measure(vit, precision)
+        mine = self.measure(vit, precision)
+        found = on_first(lambda: mine)
         numbers = "  ".join(f"{name} {value:.1f}" for name, value in found.items())
         logger.info("step %d/%d  %s", step, total, numbers)
         if "knn" in found:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from explora.config import Config
 from explora.errors import ConfigError
@@ -90,13 +91,13 @@ class Optimizer:
         )
 
     def step(self, progress: Progress, loss: Tensor) -> float | None:
-        """Clip, schedule, update; gradients are cleared.
+        """Clip, schedule, update; gradients are cleared. Every rank must ask, with the loss of all.
 
         Returns:
             The gradient norm before clipping, or None when it or the loss was not finite and nothing was changed.
         """
         parameters = [p for p in self.named.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = _norm([p.grad for p in parameters if p.grad is not None])
         finite = bool(torch.isfinite(norm + loss))
         if finite:
             if self.config.clip is not None:
@@ -119,12 +120,14 @@ class Optimizer:
             for key, value in self.adamw.state.get(parameter, {}).items()
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        for label, value in state.items():
+    def blank_state(self, labels: Iterable[str]) -> dict[str, Tensor]:
+        """Room for what `state` gave under these labels, in place: zeros, sharded as their parameters are."""
+        for label in labels:
             name, _, key = label.rpartition("/")
             parameter = self.named[name]
-            self.adamw.state[parameter][key] = value.to(parameter.device, copy=True)
+            blank = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+            self.adamw.state[parameter][key] = blank
+        return self.state()
 
     def _rate(self, peak: float, progress: Progress) -> float:
         warm = progress.over(self.config.warmup)
@@ -159,6 +162,15 @@ def parameter_groups(config: OptimConfig, objective: Objective, batch: int) -> d
         peak = config.peak(lr, batch) * config.layer_decay ** _layers_above(name, objective.backbone.depth)
         groups.setdefault(Group(peak, _decays(name, parameter), objective.role(name)), []).append(parameter)
     return groups
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Over all of them and, of those that are sharded, over all ranks' parts."""
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    norms = [nn.utils.get_total_norm(part) for part in (sharded, whole) if part]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return nn.utils.get_total_norm(norms) if len(norms) != 1 else norms[0]
 
 
 def _trained(objective: Objective) -> dict[str, nn.Parameter]:
