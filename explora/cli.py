@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
 from tqdm import tqdm
 
 import explora
-from explora.errors import ExploraError
+from explora.errors import ExploraError, Preempted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,9 +33,13 @@ def demo(out: Annotated[str, typer.Argument(help="folder of the run", metavar="O
 
 
 @app.command()
-def run(config: ConfigFile, overrides: Changes = None) -> None:
+def run(
+    config: ConfigFile,
+    overrides: Changes = None,
+    stage: Annotated[str | None, typer.Option(help="only this one: pack, pretrain, finetune, probe or report")] = None,
+) -> None:
     """Pack, pretrain, fine-tune, probe and report."""
-    explora.run(config, overrides)
+    explora.run(config, overrides, stage)  # type: ignore[arg-type]
 
 
 @app.command()
@@ -100,12 +106,21 @@ def export(
     typer.echo(explora.export(folder, out, format))  # type: ignore[arg-type]
 
 
+for _verb in sorted(entry_points(group="explora.verbs")):
+    app.command(_verb.name)(_verb.load())
+
+
 class _Terminal(logging.Handler):
     """Log lines above a progress bar; step lines only where there is no bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno > logging.DEBUG or not sys.stderr.isatty():
             tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _rank() -> int:
+    """This process's number among several, as torchrun or srun tell it; importing torch for it would take seconds."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def main() -> None:
@@ -116,8 +131,12 @@ def main() -> None:
     logger.addHandler(_Terminal())
     try:
         app()
+    except Preempted as stop:
+        typer.secho(str(stop), err=True)
+        raise SystemExit(128 + stop.signal) from None
     except ExploraError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        where = f"rank {_rank()}: " if _rank() else ""
+        typer.secho(f"error: {where}{error}", fg="red", err=True)
         raise SystemExit(2) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:

@@ -28,6 +28,8 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+free: dict[str, Any] = {"free": True}
+"""`Field(json_schema_extra=free)`: a key that changes no number, so a run may go on with another value of it."""
 
 
 def read(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> dict[str, Any]:
@@ -68,6 +70,16 @@ def load(kind: type[C], source: str | Path | Mapping[str, Any], overrides: Overr
 def dump(config: Config) -> str:
     """The resolved config as YAML, every default written out."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def free_keys(config: Config, path: str = "") -> Iterator[str]:
+    """Dotted paths of the keys that are marked `free`."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if field.json_schema_extra == free:
+            yield f"{path}{name}"
+        elif isinstance(value, Config):
+            yield from free_keys(value, f"{path}{name}.")
 
 
 def name_of(source: object) -> str:

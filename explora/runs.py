@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.metadata
 import io
@@ -27,6 +28,8 @@ from explora.errors import ExploraError, RunError
 logger = logging.getLogger("explora")
 _RECORDS = ("config.yaml", "environment.json", "log.txt", ".lock")
 """What opening a run writes, before the stage has done anything."""
+JOBS = "jobs"
+"""Where a launcher keeps what it knows of the jobs that work here."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -73,11 +76,13 @@ class Run:
     Use as `with Run.open(out, config) as run`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self.folder, self._writes = folder, writes
         self._metrics = folder / "metrics.jsonl"
-        self._handler = _LogFile(folder / "log.txt", encoding="utf-8")
         self._tensorboard: _TensorBoard | None = None
+        if not writes:
+            return
+        self._handler = _LogFile(folder / "log.txt", encoding="utf-8")
         self._level = logger.level
         logger.setLevel(logging.DEBUG)  # log.txt holds the same from Python as from the command line
         logger.addHandler(self._handler)
@@ -97,17 +102,11 @@ class Run:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / ".lock").open("w")
+            lock = (folder / ".lock").open("ab+", buffering=0)
         except OSError as error:
             raise RunError(f"{folder}: cannot create this run folder: {error.strerror}") from None
         with lock:
-            try:
-                # Not flock: processes that load data would inherit it and outlive a kill of this one by seconds.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(
-                    f"{folder}: another process is running here; wait for it or choose another out"
-                ) from None
+            _lock(folder, lock)
             for stale in folder.glob(".*.tmp"):  # a kill came in the middle of writing
                 stale.unlink(missing_ok=True)
             new = not (folder / "config.yaml").exists()
@@ -123,6 +122,11 @@ class Run:
                     _abandon(folder, made)
                 raise
 
+    @classmethod
+    def followed(cls, folder: str | Path) -> Run:
+        """The folder that the first of several ranks has opened, for the others: they read it and write nothing."""
+        return cls(Path(folder), writes=False)
+
     @property
     def summary(self) -> dict[str, Any] | None:
         """What `finish` wrote; None while the run has not ended."""
@@ -131,11 +135,14 @@ class Run:
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Mark the run as complete; returns the summary."""
-        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        if self._writes:
+            write_atomically(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl, and its numbers to TensorBoard."""
+        if not self._writes:
+            return
         try:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(dict(row)) + "\n")
@@ -147,7 +154,7 @@ class Run:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop rows of steps that a resumed run is about to take again, and a row that a kill cut short."""
-        if not self._metrics.exists():
+        if not self._writes or not self._metrics.exists():
             return
         kept = [line for line in self._metrics.read_text().splitlines() if _step_of(line) <= step]
         write_atomically(self._metrics, "".join(line + "\n" for line in kept))
@@ -208,13 +215,37 @@ def _full(path: Path, error: OSError) -> RunError:
 
 def _abandon(folder: Path, made: Iterable[Path]) -> None:
     """Clear a run folder that holds no work, and remove the folders that were made for it."""
-    if any(path.name not in _RECORDS for path in folder.iterdir()):
+    if any(path.name not in (*_RECORDS, JOBS) for path in folder.iterdir()):
         return
     for name in _RECORDS:
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # another run has moved in
         for path in made:
             path.rmdir()
+
+
+def _lock(folder: Path, file: io.FileIO) -> None:
+    """Hold the folder until `file` is closed, and leave word of who does.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    try:
+        # Not flock: processes that load data would inherit it and outlive a kill of this one by seconds.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise RunError(
+                f"{folder}: another process is running here ({file.read().decode() or 'unknown'}); "
+                "wait for it or choose another out"
+            ) from None
+        logger.warning("%s: this file system has no locks; make sure that nothing else runs here", folder)
+    job = os.environ.get("SLURM_JOB_ID")
+    holder = f"process {os.getpid()} on {platform.node()}" + (f", job {job}" if job else "")
+    with suppress(OSError):  # on a full disk the next file says so
+        file.truncate(0)
+        file.write(holder.encode())
 
 
 def _claim(folder: Path, config: Config) -> None:
@@ -224,21 +255,26 @@ def _claim(folder: Path, config: Config) -> None:
         write_atomically(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
         write_atomically(recorded, configs.dump(config))
         return
-    changed = sorted(_differences(configs.parse(recorded), config.model_dump(mode="json")))
-    if changed:
-        shown = "\n  ".join(changed[:10])
+    changed = dict(sorted(_differences(configs.parse(recorded), config.model_dump(mode="json"))))
+    kept = [text for key, text in changed.items() if key not in set(configs.free_keys(config))]
+    if kept:
+        shown = "\n  ".join(kept[:10])
         raise RunError(
             f"{folder}: holds a run of another config:\n  {shown}\n"
             "  choose another out, or delete the folder to start again"
         )
+    if changed:
+        write_atomically(recorded, configs.dump(config))
+        logger.info("%s: other settings than before, which change no number: %s", folder, "; ".join(changed.values()))
 
 
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys that differ, each with words for it."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
-        yield f"{path}: {old!r} there, {new!r} now"
+        yield path, f"{path}: {old!r} there, {new!r} now"
 
 
 def environment() -> dict[str, Any]:
@@ -256,6 +292,7 @@ def environment() -> dict[str, Any]:
         "git": _git(),
         "platform": platform.platform(),
         "device": _device(),
+        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -17,9 +17,10 @@ import explora
 from explora.config import load
 from explora.errors import ConfigError
 from explora.models import Loaded, build
-from explora.stages.check import flops_per_image, memory
+from explora.stages.check import flops_per_image
 from explora.stages.finetune import FinetuneSection
 from explora.stages.finetune import build as build_finetune
+from explora.stages.memory import sizes
 from explora.stages.pretrain import PretrainSection
 from explora.stages.pretrain import build as build_pretrain
 
@@ -174,18 +175,24 @@ def test_memory_without_a_teacher(method: str, learns: bool) -> None:
     head, backbone = numbers(objective.head), numbers(objective.backbone)
     trained = head + backbone * learns
     activations = 4 * (16 + 1) * 2 * 32 * 19 * 3  # images, tokens, blocks, width, values, bytes
-    assert memory(objective, section) == 4 * (head + backbone) + 12 * trained + activations
+    frozen = 0 if learns else 4 * backbone
+    assert sizes(objective, section, "fp32") == (frozen, 4 * (head + backbone) - frozen + 12 * trained, activations)
+    assert sizes(objective, section, "bf16").frozen == frozen / 2
 
 
 def test_memory_with_a_teacher_and_its_scores() -> None:
-    def estimate(prototypes: int) -> tuple[float, int, int]:
+    def estimate(prototypes: int) -> tuple[int, int, int]:
         head = {"prototypes": prototypes, "hidden": 8, "bottleneck": 4}
         views = {"local_crops": 2, "local_size": 16}
         settings = {"adapt": {"name": "explora", "rank": 4}, "batch_size": 8, "micro_batches": 2, "views": views}
         section = load(PretrainSection, {**settings, "objective": {"head": head}})
         objective = build_pretrain(section, Loaded(build(MODEL["name"], 32, MODEL["options"]), None, {}))
         trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-        return memory(objective, section), trained, numbers(objective.backbone) + numbers(objective.student.dino_head)
+        return (
+            sum(sizes(objective, section, "fp32")),
+            trained,
+            numbers(objective.backbone) + numbers(objective.student.dino_head),
+        )
 
     (small, trained, student), (large, more, _) = estimate(64), estimate(256)
     masked = 2 * 16 * 0.5 * (0.1 + 0.5) / 2  # patches of an image's two global crops

@@ -19,7 +19,7 @@ from explora.engine import Monitor
 from explora.errors import ConfigError
 from explora.models import ViT, load_backbone
 from explora.stages.pretrain import PretrainSection
-from explora.stages.training import fit_views
+from explora.stages.section import fit_views
 
 Make = Callable[..., dict[str, Any]]
 

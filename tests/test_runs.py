@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import Field
 
+from explora import config as configs
 from explora.config import Config
 from explora.errors import RunError
 from explora.runs import Run, environment, write_atomically
@@ -63,7 +67,9 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_the_folder_free(tmp
         assert holder.stdout is not None
         child = int(holder.stdout.readline())
         with (
-            pytest.raises(RunError, match="another process is running here; wait for it or choose another out"),
+            pytest.raises(
+                RunError, match=rf"running here \(process {holder.pid} on \S+\); wait for it or choose another"
+            ),
             Run.open(tmp_path / "run", Small()),
         ):
             pass
@@ -94,10 +100,60 @@ def test_another_config_is_refused_by_its_keys(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in before}
 
 
+class Machine(Config):
+    workers: int = Field(0, json_schema_extra=configs.free)
+
+
+class Driven(Config):
+    lr: float = 1e-3
+    machine: Machine = Machine()
+
+
+def test_what_changes_no_number_may_change(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", Driven()):
+        pass
+    with Run.open(tmp_path / "run", Driven(machine=Machine(workers=4))) as run:
+        assert configs.load(Driven, run.folder / "config.yaml").machine.workers == 4
+    with (
+        pytest.raises(RunError, match=r"run of another config:\n  lr: 0\.001 there, 0\.1 now\n  choose"),
+        Run.open(tmp_path / "run", Driven(lr=0.1)),
+    ):
+        pass
+    assert configs.load(Driven, tmp_path / "run" / "config.yaml").machine.workers == 4
+
+
+def test_a_folder_that_another_rank_has_opened_is_read_only(tmp_path: Path) -> None:
+    with Run.open(tmp_path, Small()) as run:
+        run.log_metrics({"step": 1, "loss": 1.0})
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        other = Run.followed(tmp_path)
+        other.log_metrics({"step": 2, "loss": 1.0})
+        other.forget_metrics_after(0)
+        assert other.finish({"stage": "x"}) == {"stage": "x"}
+        assert other.summary is None
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with Run.open(tmp_path, Small()):
+        pass
+    assert "this file system has no locks; make sure that nothing else runs here" in caplog.text
+
+
 def test_a_new_run_that_fails_before_any_work_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="too early"), Run.open(tmp_path / "a" / "run", Small()):
         raise RunError("too early")
     assert names(tmp_path) == set()
+    (tmp_path / "launched" / "jobs").mkdir(parents=True)
+    with pytest.raises(RunError, match="too early"), Run.open(tmp_path / "launched", Small()):
+        raise RunError("too early")
+    assert names(tmp_path / "launched") == {"jobs"}
 
     def late() -> None:
         with Run.open(tmp_path / "run", Small()) as run:

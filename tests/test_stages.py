@@ -24,7 +24,7 @@ from explora.adapt import attach
 from explora.data import Center, Crop, MultiCrop, synthetic
 from explora.engine import Training
 from explora.models import build, load_backbone
-from explora.stages.training import fit_views
+from explora.stages.section import fit_views
 
 Make = Callable[..., dict[str, Any]]
 Command = Callable[..., Answer]
@@ -133,10 +133,10 @@ from explora.errors import ConfigError
 config, step, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 train = Training._train
 
-def killing(self, batch):
+def killing(self, batch, *others):
     if batch.index == step:
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    return train(self, batch)
+    return train(self, batch, *others)
 
 Training._train = killing
 explora.pretrain(config)

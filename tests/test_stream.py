@@ -2,6 +2,9 @@
 
 import io
 import itertools
+import multiprocessing
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -100,6 +103,35 @@ def test_micro_batches_are_slices(shards: ShardSet) -> None:
         done = [VIEWS.finish(half)["global"] for half in two.micro_batches]
         whole = VIEWS.finish(one.micro_batches[0])["global"]
         torch.testing.assert_close(whole, torch.cat(done, dim=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 1), (2, 2), (4, 1)])
+def test_ranks_have_the_slices_of_every_step(shards: ShardSet, ranks: int, micro_batches: int) -> None:
+    """Any number of ranks sees the same images, crops and masks in the same order, after a stop on another too."""
+    whole = list(stream(shards).steps(5))
+    position = stream(shards).state_dict() | {"samples": 2 * 4}
+    cut = {"ranks": ranks, "micro_batches": micro_batches}
+    streams = [stream(shards, rank=rank, position=position, **cut) for rank in range(ranks)]
+    for one, *parts in zip(whole[2:], *(each.steps(5) for each in streams), strict=True):
+        assert {part.index for part in parts} == {one.index}
+        assert {part.images for part in parts} == {4}
+        for key, value in one.micro_batches[0].items():
+            assert torch.equal(value, torch.cat([batch[key] for part in parts for batch in part.micro_batches]))
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(shards: ShardSet) -> None:
+    with pytest.raises(ConfigError, match="into 2 equal micro-batches on each of 3 ranks; choose a multiple of 6"):
+        stream(shards, micro_batches=2, rank=0, ranks=3)
+
+
+def test_workers_outlive_the_signals_of_a_cluster(shards: ShardSet) -> None:
+    steps = stream(shards, workers=1).steps(60)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        os.kill(worker.pid or 0, number)
+    assert len(list(steps)) == 59
+    assert worker.exitcode in (None, 0)
 
 
 def test_the_global_generator_is_not_touched(shards: ShardSet) -> None:

@@ -12,11 +12,12 @@ from explora.adapt import Full, LoRA, adapt
 from explora.config import load, validate
 from explora.engine.optim import OptimConfig, Optimizer
 from explora.errors import ConfigError
-from explora.models import build
+from explora.models import Loaded, build
 from explora.models.vit import Mixup
 from explora.objectives import Supervised, SupervisedConfig
 from explora.schedules import Progress
 from explora.stages.finetune import FinetuneSection
+from explora.stages.finetune import build as build_finetune
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 START = Progress(0, 10, 8, 80)
@@ -106,9 +107,10 @@ def test_mixing_is_timms(mix):
 
 def test_pairs_are_needed_to_mix():
     section = {"adapt": {"name": "lora"}, "objective": {"mixup": 0.8}, "batch_size": 6, "micro_batches": 2}
-    with pytest.raises(ConfigError, match="must be even"):
-        validate(FinetuneSection, section)
-    assert validate(FinetuneSection, {**section, "micro_batches": 1}).batch_size == 6
+    source = Loaded(build("vit_tiny_patch16_224", 32, TINY), None, {})
+    with pytest.raises(ConfigError, match="mix pairs, but a micro-batch of a rank has 3 images; choose an even"):
+        build_finetune(validate(FinetuneSection, section), source, 5)
+    assert build_finetune(validate(FinetuneSection, {**section, "micro_batches": 1}), source, 5)
 
 
 @pytest.mark.parametrize("wrong", [{"pool": "max"}, {"label_smoothing": 1.0}, {"mixup": -1}, {"drop_path": 1}])

@@ -1,8 +1,9 @@
-"""The endless order of samples: any step can be reached directly, on any number of workers."""
+"""The endless order of samples: any step can be reached directly, on any number of workers and ranks."""
 
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
@@ -28,11 +29,12 @@ class Position(TypedDict):
 
 @dataclass(frozen=True)
 class Step:
-    """The batches of one optimizer step, stacked and on the CPU; `views.finish` makes them ready."""
+    """This rank's batches of one optimizer step, stacked and on the CPU; `views.finish` makes them ready."""
 
     index: int
     micro_batches: list[dict[str, Tensor]]
     images: int
+    """Images of the step on all ranks."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -50,10 +52,15 @@ class Stream:
     """Micro-batches for training, epoch after epoch without a seam.
 
     The order, the crops and the masks depend on the seed and the sample's global number only, so neither the
-    number of workers nor a stop in between changes a pixel.
+    number of workers or ranks nor a stop in between changes a pixel.
+
+    Args:
+        batch_size: images of one step over all ranks.
+        micro_batches: parts that each rank cuts its images of a step into.
+        rank: which of the `ranks` equal parts of every step this stream yields.
 
     Raises:
-        ConfigError: `micro_batches` does not divide `batch_size`.
+        ConfigError: ranks times `micro_batches` does not divide `batch_size`.
         DataError: the views want labels that the shards lack, or `position` belongs to another stream.
     """
 
@@ -67,11 +74,15 @@ class Stream:
         workers: int,
         position: Position | None = None,
         micro_batches: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        if batch_size < 1 or micro_batches < 1 or batch_size % micro_batches:
+        parts = ranks * micro_batches
+        if batch_size < 1 or parts < 1 or batch_size % parts:
+            of = f" on each of {ranks} ranks" if ranks > 1 else ""
             raise ConfigError(
-                f"batch_size {batch_size} cannot be cut into {micro_batches} equal micro-batches; "
-                f"choose a multiple of {max(1, micro_batches)}"
+                f"batch_size {batch_size} cannot be cut into {micro_batches} equal micro-batches{of}; "
+                f"choose a multiple of {max(1, parts)}"
             )
         unlabelled = int((shards.labels < 0).sum())
         if "label" in views.names() and unlabelled:
@@ -82,6 +93,7 @@ class Stream:
         self._shards, self._views = shards, views
         self._batch_size, self._micro_batches = batch_size, micro_batches
         self._seed, self._workers = seed, workers
+        self._rank, self._ranks = rank, ranks
         self._samples = 0
         if position is not None:
             self.load_state_dict(position)
@@ -131,9 +143,10 @@ class Stream:
         self._samples = position["samples"]
 
     def _tasks(self, start: int, stop: int) -> Iterator[_Task]:
-        n, size = len(self._shards), self._batch_size // self._micro_batches
+        n, mine = len(self._shards), self._batch_size // self._ranks
+        size = mine // self._micro_batches
         for first in range(start * self._batch_size, stop * self._batch_size, self._batch_size):
-            for offset in range(0, self._batch_size, size):
+            for offset in range(self._rank * mine, (self._rank + 1) * mine, size):
                 places = (divmod(first + offset + number, n) for number in range(size))
                 keys = [Key(self._seed, epoch, int(order(n, self._seed, epoch)[at])) for epoch, at in places]
                 yield _Task(keys, self._seed, first, self._batch_size, offset)
@@ -193,7 +206,7 @@ def _load(shards: ShardSet, views: Views, tasks: Iterable[_Task], workers: int) 
         batch_size=None,
         sampler=tasks,
         num_workers=workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_work,
         pin_memory=torch.cuda.is_available(),
         # A generator of its own: the loader must not draw from the global one, or a resumed run would differ.
         generator=torch.Generator(),
@@ -204,5 +217,8 @@ def _load(shards: ShardSet, views: Views, tasks: Iterable[_Task], workers: int) 
         yield batch
 
 
-def _one_thread(_: int) -> None:
+def _begin_work(_: int) -> None:
     torch.set_num_threads(1)
+    # A cluster that wants a job to stop tells all its processes; training still needs this one to reach a checkpoint.
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

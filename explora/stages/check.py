@@ -14,26 +14,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from explora import config as configs
 from explora.config import Overrides
-from explora.data import Center, MultiCrop, ShardSet
+from explora.data import Center, ShardSet
+from explora.distributed import device_of, precision_on
 from explora.models import Loaded, ModelConfig, ViT
-from explora.objectives import MAE, DINOv2, MAEConfig, Objective
+from explora.objectives import MAEConfig, Objective
 from explora.objectives.decoder import Decoder
 from explora.stages import finetune, pretrain
 from explora.stages.finetune import FinetuneConfig, FinetuneSection
+from explora.stages.memory import sizes
 from explora.stages.pipeline import RunConfig
 from explora.stages.pretrain import PretrainConfig, PretrainSection
 from explora.stages.probe import ProbeConfig
-from explora.stages.training import (
+from explora.stages.section import (
     CHANNELS,
     TrainingSection,
     blueprint,
-    families,
     fit_views,
     fitted,
-    learning,
-    parameter_counts,
     rehearse,
 )
+from explora.stages.training import families, learning, parameter_counts
 
 
 def check(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> str:
@@ -116,7 +116,8 @@ def _stage(stage: str, section: TrainingSection, objective: Objective, flops: in
     yield f"  head parameters       {counts['head_parameters']:,}"
     yield f"  learns in all         {counts['learning_parameters']:,}"
     yield f"  FLOPs per image       {flops / 1e9:.3g} G (backbone forward, multiply-add = 2)"
-    yield f"  estimated memory      {memory(objective, section) / 2**30:.2f} GiB (weights, optimizer, activations)"
+    held = sum(sizes(objective, section, precision_on(device_of(section.loop.device), section.loop.precision)))
+    yield f"  estimated memory      {held / 2**30:.2f} GiB (weights, optimizer, activations) on one rank"
     yield ""
 
 
@@ -167,41 +168,6 @@ def flops_per_image(vit: ViT, side: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vit.features(image)
     return counter.get_total_flops()
-
-
-def memory(objective: Objective, section: TrainingSection) -> float:
-    """A rough estimate in bytes: fp32 weights with any teacher's, two moments and gradient of what trains, activations.
-
-    Per token and block about 19 values of the width stay for the backward pass, half of them in bf16.
-    """
-    held = sum(tensor.numel() for tensor in {*objective.parameters(), *objective.buffers()})
-    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    images = section.batch_size // section.micro_batches
-    values = images * 19 * 3 * _token_widths(objective, section)
-    views = fit_views(section.views, objective.backbone)
-    if isinstance(objective, DINOv2) and isinstance(views, MultiCrop):
-        values += objective.prototypes * _rows(views, images) * 4 * 4
-    return 4 * held + 12 * trained + values
-
-
-def _token_widths(objective: Objective, section: TrainingSection) -> float:
-    """Tokens of one image times blocks times width, over all that is trained through."""
-    vit = objective.backbone
-    patches = [(side // vit.patch_size) ** 2 * vit.groups for side in fit_views(section.views, vit).sides()]
-    if isinstance(objective, MAE):
-        shape = objective.decoder.embed.out_features * len(objective.decoder.blocks)
-        return patches[0] * ((1 - objective.config.mask_ratio) * vit.depth * vit.width + shape)
-    return sum(count + vit.prefix_tokens for count in patches) * vit.depth * vit.width
-
-
-def _rows(views: MultiCrop, images: int) -> int:
-    """Rows of prototype scores in a micro-batch: the student's of all crops, the teacher's of the global ones.
-
-    Each row is there about four times in fp32: as score, as (log-)probability, and what Sinkhorn or backward adds.
-    """
-    patches = (views.global_size // views.patch_size) ** 2
-    masked = 2 * patches * views.mask_probability * sum(views.mask_ratio) / 2
-    return round(images * (2 * (2 + masked) + views.local_crops))
 
 
 def _classes(shards: Path) -> int:

@@ -6,29 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
-
 from explora import config as configs
 from explora.adapt import AnyMethod, LoRA, adapt
 from explora.config import Overrides
 from explora.data import Crop, ShardSet
-from explora.errors import DataError
+from explora.distributed import gathered, on_first
+from explora.errors import ConfigError, DataError
 from explora.models import Loaded, load_model
 from explora.models.export import save_tensors
 from explora.objectives import Supervised, SupervisedConfig
-from explora.runs import Run
-from explora.stages.training import (
-    Trained,
-    TrainingPlace,
-    TrainingSection,
-    announce,
-    fitted,
-    logger,
-    refuse_channels,
-    refuse_idle,
-    seeded,
-    train,
-)
+from explora.stages.result import Result
+from explora.stages.section import TrainingPlace, TrainingSection, fitted, refuse_channels, refuse_idle
+from explora.stages.training import Trained, announce, logger, opened, seeded, together, train
 
 
 class FinetuneSection(TrainingSection):
@@ -40,13 +29,6 @@ class FinetuneSection(TrainingSection):
     """The head and its loss."""
     views: Crop = Crop()
     """The crop made of an image; size, mean and std that are left out follow the backbone."""
-
-    @model_validator(mode="after")
-    def _pairs_to_mix(self) -> FinetuneSection:
-        mixes = self.objective.mixup > 0 or self.objective.cutmix > 0
-        if mixes and self.batch_size // self.micro_batches % 2:
-            raise ValueError("mixup and CutMix mix pairs: batch_size / micro_batches must be even")
-        return self
 
 
 class FinetuneConfig(TrainingPlace, FinetuneSection):
@@ -65,6 +47,11 @@ def finetune(source: str | Path | Mapping[str, Any], overrides: Overrides = None
         ExploraError: any mistake in the config, the data, the weights or the run folder.
     """
     config = configs.load(FinetuneConfig, source, overrides)
+    with together(config.loop):
+        return _finetune(config)
+
+
+def _finetune(config: FinetuneConfig) -> Trained:
     seeded(config.seed)
     shards = ShardSet.open(config.train)
     if shards.classes is None:
@@ -74,19 +61,27 @@ def finetune(source: str | Path | Mapping[str, Any], overrides: Overrides = None
     config = fitted(config, loaded.vit)
     objective = build(config, loaded, len(shards.classes))
     refuse_idle(config, objective, len(shards))
-    with Run.open(config.out, config) as run:
-        if run.summary is not None:
+    with opened(config) as run:
+        done = on_first(lambda: run.summary)
+        if done is not None:
             logger.info("%s: already finished", config.out)
-            return Trained.of(run, run.summary)
+            return Trained.of(run, done)
         announce(loaded.vit, loaded.account)
-        summary = train(run, config, config.seed, objective, shards, "finetune")
-        head = {"pool": config.objective.pool, "classes": shards.classes}
-        save_tensors(run.folder / "head.safetensors", objective.head.state_dict(), head)
+        result = Result(objective, config.adapt)
+        summary = train(run, config, config.seed, objective, result, shards, "finetune")
+        head = gathered(objective.head.state_dict())
+        facts = {"pool": config.objective.pool, "classes": shards.classes}
+        on_first(lambda: save_tensors(run.folder / "head.safetensors", head, facts))
         return Trained.of(run, run.finish(summary))
 
 
 def build(section: FinetuneSection, source: Loaded, classes: int) -> Supervised:
     """Adapt the backbone and put a fresh head on it."""
+    if (section.objective.mixup > 0 or section.objective.cutmix > 0) and section.images_at_once % 2:
+        raise ConfigError(
+            "objective.mixup: mixup and CutMix mix pairs, but a micro-batch of a rank has "
+            f"{section.images_at_once} images; choose an even batch_size / micro_batches / ranks"
+        )
     vit = source.vit
     vit.mean, vit.std = section.views.mean, section.views.std  # what it learns from is what it expects from now on
     adapt(vit, section.adapt)

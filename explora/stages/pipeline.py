@@ -6,24 +6,28 @@ import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from explora import config as configs
 from explora.config import Config, Overrides
 from explora.data import ShardSet
-from explora.errors import DataError
+from explora.distributed import on_first, rank
+from explora.errors import ConfigError, DataError, RunError
 from explora.models import ModelConfig
 from explora.reporting import table, write_report
-from explora.runs import Run
 from explora.stages.finetune import FinetuneSection, finetune
 from explora.stages.finetune import build as build_finetune
 from explora.stages.pack import pack, recipe_of
 from explora.stages.pretrain import PretrainSection, pretrain
 from explora.stages.pretrain import build as build_pretrain
 from explora.stages.probe import ProbeSection, check_source, judge
-from explora.stages.training import blueprint, logger, refuse_channels, rehearse
+from explora.stages.section import blueprint, refuse_channels, rehearse
+from explora.stages.training import logger, opened, together
+
+Stage = Literal["pack", "pretrain", "finetune", "probe", "report"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class DataConfig(Config):
@@ -71,8 +75,13 @@ class RunConfig(Config):
     """How to judge, with the settings of `explora probe`."""
 
 
-def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> Path:
+def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, stage: Stage | None = None) -> Path:
     """Pack, pretrain, fine-tune, probe and report; finished training is not repeated, features come from the cache.
+
+    On several ranks these train together; the first packs before and probes and reports after that.
+
+    Args:
+        stage: the only one to run; those before it must have finished.
 
     Returns:
         The report's path.
@@ -81,14 +90,30 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> 
         ExploraError: any mistake in the config, the data, the weights or the run folders.
     """
     config = configs.load(RunConfig, source, overrides)
+    if stage is not None and stage not in STAGES:
+        raise ConfigError(f"stage: expected one of {', '.join(STAGES)}, got '{stage}'")
+    stages: tuple[str, ...] = STAGES if stage is None else (stage,)
     out = Path(config.out)
-    with Run.open(out, config) as chain:
-        _rehearse(config, out / "shards")
-        shards = _shards(out / "shards", config.data)
-        models = _train(config, shards.pop("pretrain", shards["train"]), shards["train"])
-        judge({**_given(config, "probe"), "models": models, **shards})
-        chain.finish({"stage": "run"})
-        return report(out)
+    with together(config.pretrain.loop):
+        alone = rank() == 0
+        with opened(config):
+            if "pack" in stages:
+                on_first(lambda: _rehearse(config, out / "shards"))
+                on_first(lambda: _pack(out / "shards", config.data))
+            else:
+                on_first(lambda: _refuse_early(config, stages[0]))
+            if "pretrain" in stages:
+                pretrain(_pretraining(config))
+            if "finetune" in stages and config.finetune is not None:
+                finetune(_finetuning(config))
+    if alone and not {"probe", "report"}.isdisjoint(stages):
+        with opened(config) as chain:
+            if "probe" in stages:
+                judge({**_given(config, "probe"), "models": _models(config), **_judged(config)})
+            if "report" in stages:
+                chain.finish({"stage": "run"})
+                report(out)
+    return out / "report.html"
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -119,28 +144,64 @@ def _rehearse(config: RunConfig, shards: Path) -> None:
         rehearse(config.finetune, source, partial(build_finetune, classes=counts["train"]))
 
 
+def _refuse_early(config: RunConfig, stage: str) -> None:
+    """Refuse a stage alone while one before it has not finished."""
+    done = {name: (Path(config.out) / name / "summary.json").exists() for name in STAGES}
+    done["pack"] = all(Path(folder).exists() for folder in _shards(config).values())
+    done["finetune"] |= config.finetune is None
+    for name in STAGES[: STAGES.index(stage)]:
+        if not done[name]:
+            raise RunError(
+                f"{config.out}: stage '{stage}' needs what '{name}' leaves, which has not finished; run that first"
+            )
+
+
 def _given(config: RunConfig, stage: str) -> dict[str, Any]:
     """What the user wrote for a stage, with its seed and its folder."""
     section = getattr(config, stage).model_dump(mode="json", exclude_unset=True)
     return {**section, "seed": config.seed, "out": str(Path(config.out) / stage)}
 
 
-def _train(config: RunConfig, unlabelled: str, labelled: str) -> dict[str, Any]:
-    """Pretrain and fine-tune; returns the models that the probe compares."""
-    model = config.model.model_dump(mode="json")
+def _pretraining(config: RunConfig) -> dict[str, Any]:
+    """The config of the pretraining stage alone."""
+    shards = _shards(config)
     given = _given(config, "pretrain")
     if config.pretrain.monitor is not None:
-        given["monitor"] = {"shards": labelled, **given.get("monitor", {})}
-    adapted = pretrain({**given, "shards": unlabelled, "model": model})
-    models = {"baseline": model, "adapted": {"weights": str(adapted.backbone)}}
+        given["monitor"] = {"shards": shards["train"], **given.get("monitor", {})}
+    return {**given, "shards": shards.get("pretrain", shards["train"]), "model": _models(config)["baseline"]}
+
+
+def _finetuning(config: RunConfig) -> dict[str, Any]:
+    """The config of the fine-tuning stage alone."""
+    return {**_given(config, "finetune"), "train": _shards(config)["train"], "model": _models(config)["adapted"]}
+
+
+def _judged(config: RunConfig) -> dict[str, str]:
+    """The shards that the probe sees."""
+    return {role: folder for role, folder in _shards(config).items() if role != "pretrain"}
+
+
+def _models(config: RunConfig) -> dict[str, Any]:
+    """The models that the probe compares, where the stages leave them."""
+    out = Path(config.out)
+    models: dict[str, Any] = {"baseline": config.model.model_dump(mode="json")}
+    models["adapted"] = {"weights": str(out / "pretrain" / "backbone.safetensors")}
     if config.finetune is not None:
-        tuned = finetune({**_given(config, "finetune"), "train": labelled, "model": models["adapted"]})
-        models["finetuned"] = {"weights": str(tuned.backbone), "head": str(tuned.folder / "head.safetensors")}
+        tuned = out / "finetune"
+        models["finetuned"] = {
+            "weights": str(tuned / "backbone.safetensors"),
+            "head": str(tuned / "head.safetensors"),
+        }
     return models
 
 
-def _shards(folder: Path, data: DataConfig) -> dict[str, str]:
-    """Shard folders by role; raw folders are packed, packed ones linked, so that the run holds them all."""
+def _shards(config: RunConfig) -> dict[str, str]:
+    """Shard folders by role, where packing leaves them."""
+    return {role: str(Path(config.out) / "shards" / role) for role in config.data.folders()}
+
+
+def _pack(folder: Path, data: DataConfig) -> None:
+    """Pack raw folders, link packed ones, so that the run holds them all."""
     for role, origin in data.folders().items():
         if (folder / role).exists():
             _refuse_changed(folder / role, role, origin, data.recipe)
@@ -150,7 +211,6 @@ def _shards(folder: Path, data: DataConfig) -> dict[str, str]:
             (folder / role).symlink_to(Path(origin).resolve())
         else:
             pack(origin, folder / role, recipe=data.recipe)
-    return {role: str(folder / role) for role in data.folders()}
 
 
 def _refuse_changed(shards: Path, role: str, origin: str, recipe: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,25 +14,22 @@ from explora import config as configs
 from explora.adapt import AnyMethod, ExPLoRA, adapt
 from explora.config import Overrides
 from explora.data import Center, Key, MaskedCrop, MultiCrop, ShardSet
+from explora.distributed import autocast, on_first
 from explora.engine import Monitor, MonitorConfig
 from explora.errors import ConfigError
 from explora.models import Loaded, load_model
 from explora.objectives import MAE, DINOv2, DINOv2Config, MAEConfig, Objective
-from explora.runs import Run, save_arrays
-from explora.stages.training import (
-    Trained,
+from explora.runs import save_arrays
+from explora.stages.result import Result
+from explora.stages.section import (
     TrainingPlace,
     TrainingSection,
-    announce,
-    export,
     fit_views,
     fitted,
-    logger,
     refuse_channels,
     refuse_idle,
-    seeded,
-    train,
 )
+from explora.stages.training import Trained, announce, logger, opened, seeded, together, train
 
 _VIEWS = {"dinov2": "multicrop", "mae": "masked_crop"}
 """The views that each objective learns from."""
@@ -88,6 +84,11 @@ def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None
         ExploraError: any mistake in the config, the data, the weights or the run folder.
     """
     config = configs.load(PretrainConfig, source, overrides)
+    with together(config.loop):
+        return _pretrain(config)
+
+
+def _pretrain(config: PretrainConfig) -> Trained:
     seeded(config.seed)
     shards = ShardSet.open(config.shards)
     loaded = load_model(config.model)
@@ -95,16 +96,17 @@ def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None
     config = fitted(config, loaded.vit)
     objective = build(config, loaded)
     refuse_idle(config, objective, len(shards))
-    with Run.open(config.out, config) as run:
-        if run.summary is not None:
+    with opened(config) as run:
+        done = on_first(lambda: run.summary)
+        if done is not None:
             logger.info("%s: already finished", config.out)
-            return Trained.of(run, run.summary)
+            return Trained.of(run, done)
         announce(loaded.vit, loaded.account)
         if isinstance(objective, MAE) and objective.decoder.anew:
             logger.info("weights: %s", objective.decoder.anew)
-        summary = train(
-            run, config, config.seed, objective, shards, "pretrain", _monitor(config, objective, run.folder)
-        )
+        result = Result(objective, config.adapt)
+        watch = _monitor(config, objective, lambda: result.save(run.folder / "best"))
+        summary = train(run, config, config.seed, objective, result, shards, "pretrain", watch)
         _show(run.folder, objective, config, shards)
         return Trained.of(run, run.finish(summary))
 
@@ -131,15 +133,14 @@ def build(section: PretrainSection, source: Loaded) -> Objective:
         return MAE(section.objective, vit, source.decoder, source.decoder_heads)
     if vit.groups > 1:
         raise ConfigError("objective.name: 'dinov2' masks whole patches, not channel groups; use 'mae' with them")
-    return DINOv2(section.objective, vit, section.batch_size, section.batch_size // section.micro_batches)
+    return DINOv2(section.objective, vit, section.batch_size, section.images_at_once)
 
 
-def _monitor(config: PretrainConfig, objective: Objective, folder: Path) -> Monitor | None:
+def _monitor(config: PretrainConfig, objective: Objective, on_best: Callable[[], None]) -> Monitor | None:
     if config.monitor is None:
         return None
     watched = ShardSet.open(config.monitor.shards or config.shards)
-    keep = partial(export, folder / "best", objective, config.adapt)
-    return Monitor(config.monitor, watched, fit_views(Center(), objective.backbone), keep)
+    return Monitor(config.monitor, watched, fit_views(Center(), objective.backbone), on_best)
 
 
 def _show(folder: Path, objective: Objective, config: PretrainConfig, shards: ShardSet) -> None:
@@ -149,6 +150,8 @@ def _show(folder: Path, objective: Objective, config: PretrainConfig, shards: Sh
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
     device = next(objective.parameters()).device
     batch = {name: value.to(device) for name, value in (batch | config.views.step(config.seed, 0, len(chosen))).items()}
-    pictures = objective.pictures(config.views.finish(batch))
+    with autocast(device, config.loop.precision):
+        pictures = objective.pictures(config.views.finish(batch))
     if pictures:
-        save_arrays(folder / "pictures.npz", {name: config.views.pixels(images) for name, images in pictures.items()})
+        arrays = {name: config.views.pixels(images.float()) for name, images in pictures.items()}
+        on_first(lambda: save_arrays(folder / "pictures.npz", arrays))

@@ -39,7 +39,8 @@ from explora.objectives.supervised import classify
 from explora.reporting import results_table
 from explora.runs import Run, save_arrays, write_atomically
 from explora.stages.pack import bar_at
-from explora.stages.training import fit_views, refuse_channels, seeded
+from explora.stages.section import fit_views, refuse_channels
+from explora.stages.training import seeded
 
 logger = logging.getLogger("explora")
 

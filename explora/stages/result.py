@@ -1,0 +1,48 @@
+"""The backbone that a training stage leaves, whatever sharding and number formats make of the one that trains."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+
+from explora.adapt import Method
+from explora.distributed import gathered, on_first, rank
+from explora.models.export import save_adapter, save_backbone
+from explora.objectives import Objective
+
+
+class Result:
+    """A plain copy of an objective's result, on the CPU of the first rank; what learns comes to it when it is saved.
+
+    Made before training touches the objective: its frozen base is exactly what the weights file gave.
+    """
+
+    def __init__(self, objective: Objective, method: Method) -> None:
+        self._objective, self._method = objective, method
+        frozen = {id(p) for p in objective.frozen().values()}
+        self._learnt = [name for name, p in objective.result.named_parameters() if id(p) not in frozen]
+        self._adapts = [name for name, p in objective.backbone.named_parameters() if p.requires_grad]
+        self._plain = copy.deepcopy(objective.result) if rank() == 0 else None
+
+    def save(self, folder: Path) -> None:
+        """Write the merged backbone and the adapter alone; every rank must ask, the first writes.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        live = dict(self._objective.result.named_parameters())
+        learnt = gathered({name: live[name] for name in self._learnt})
+        on_first(lambda: self._write(folder, learnt))
+
+    @torch.no_grad()
+    def _write(self, folder: Path, learnt: dict[str, torch.Tensor]) -> None:
+        assert self._plain is not None
+        folder.mkdir(exist_ok=True)
+        for name, tensor in learnt.items():
+            self._plain.get_parameter(name).copy_(tensor)
+        save_adapter(folder / "adapter.safetensors", self._plain, self._adapts, self._method.model_dump(mode="json"))
+        merged = copy.deepcopy(self._plain)
+        self._method.merge(merged)
+        save_backbone(folder / "backbone.safetensors", merged)
