@@ -1,0 +1,135 @@
+"""`explora jobs`: the launched jobs of a folder as a table, live or once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from textwrap import shorten
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from explora.errors import RunError
+from launch import records
+from launch.records import Job
+from launch.states import Progress, State, progress, states
+
+COLUMNS = ("run", "stage", "job", "state", "step", "ETA", "loss", "requeues", "node", "log")
+_COLOURS = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow", "CANCELLED": "magenta"}
+_PIPE = 1000
+"""Characters of a line where nobody looks, so that nothing is cut."""
+_REASON = 40
+"""Characters of why a job waits."""
+_EVERY = 5.0
+"""Seconds between looks at SLURM."""
+
+
+class Row(NamedTuple):
+    """One job in words, in the order of `COLUMNS`."""
+
+    run: str
+    stage: str
+    job: str
+    state: str
+    step: str
+    eta: str
+    loss: str
+    requeues: str
+    node: str
+    log: str
+
+
+def jobs(run: str | Path = "runs", watch: bool = False) -> list[Row]:
+    """Print the jobs of a run, a sweep or a folder of many, and return them.
+
+    Args:
+        watch: stay until all have ended; on a terminal the table is kept up to date, into a pipe changes are printed.
+
+    Raises:
+        RunError: there is no such folder, nothing was launched in it, or SLURM cannot be reached.
+    """
+    terminal = sys.stdout.isatty()
+    console = Console() if terminal else Console(width=_PIPE, color_system=None)
+    found, over = look(run)
+    if not (watch and terminal):
+        console.print(_table(found))
+    if not watch:
+        return found
+    shown = Live(_table(found), console=console, auto_refresh=False) if terminal else None
+    with shown or nullcontext():
+        while not over:
+            time.sleep(_EVERY)
+            before = found
+            try:
+                found, over = look(run)
+            except RunError as error:  # SLURM restarts now and then
+                print(error, file=sys.stderr)
+                continue
+            if shown is not None:
+                shown.update(_table(found), refresh=True)
+            elif found != before:
+                console.print(_table(found))
+    return found
+
+
+def look(run: str | Path) -> tuple[list[Row], bool]:
+    """The rows of all jobs below a folder, and whether all of them have ended.
+
+    Raises:
+        RunError: see `jobs`.
+    """
+    known = records.below(run)
+    if not known:
+        raise RunError(f"{run}: nothing was launched here; `explora launch CONFIG` does")
+    now = states(known)
+    return [_row(job, state) for job, state in zip(known, now, strict=True)], not any(state.active for state in now)
+
+
+def _row(job: Job, state: State) -> Row:
+    done = progress(job) if job.stage in ("pretrain", "finetune") else None
+    why = f" ({shorten(state.reason, _REASON, placeholder='...')})" if state.name == "PENDING" and state.reason else ""
+    return Row(
+        run=_short(job.out),
+        stage=job.stage,
+        job=job.id,
+        state=state.name + why,
+        step="" if done is None else f"{done.step}/{done.steps or '?'}",
+        eta=_eta(done) if state.name == "RUNNING" else "",
+        loss="" if done is None or done.loss is None else f"{done.loss:.4f}",
+        requeues=str(state.requeues or ""),
+        node=state.node if state.active or state.name == "NODE_FAIL" else "",
+        log=_short(job.log),
+    )
+
+
+def _eta(done: Progress | None) -> str:
+    """Hours, minutes and seconds to go; empty where nobody knows."""
+    if done is None or done.eta is None:
+        return ""
+    minutes, seconds = divmod(round(done.eta), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _short(path: str) -> str:
+    """A path as one would type it here."""
+    near = os.path.relpath(path)
+    return path if near.startswith("..") else near
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
+    for column in table.columns:
+        column.overflow = "fold"
+        column.no_wrap = column.header not in ("run", "log")
+    for row in rows:
+        colour = _COLOURS.get(row.state.split()[0], "red")
+        table.add_row(*(Text(cell, style=colour if cell is row.state else "") for cell in row))
+    return table
