@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format demo-source clean
+.PHONY: demo test test-slurm check format demo-source clean
 
 demo: $(STAMP)
 	$(BIN)/explora demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Brings up a SLURM of emulated hosts for it: needs root, and Debian's packages, which it installs. Minutes.
+test-slurm: $(STAMP)
+	$(BIN)/python -m pytest -rs tests/slurm
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
