@@ -123,6 +123,14 @@ def _rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
+def _leave_others(code: int) -> None:
+    """End at once among other ranks: an interpreter that ends in order may wait for them in NCCL, and they for it."""
+    if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def main() -> None:
     """Entry point: mistakes of the user end in one message and exit code 2, without a traceback."""
     logger = logging.getLogger("explora")
@@ -137,6 +145,7 @@ def main() -> None:
     except ExploraError as error:
         where = f"rank {_rank()}: " if _rank() else ""
         typer.secho(f"error: {where}{error}", fg="red", err=True)
+        _leave_others(2)
         raise SystemExit(2) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:

@@ -30,6 +30,8 @@ _RECORDS = ("config.yaml", "environment.json", "log.txt", ".lock")
 """What opening a run writes, before the stage has done anything."""
 JOBS = "jobs"
 """Where a launcher keeps what it knows of the jobs that work here."""
+STACKS = "stacks"
+"""Where ranks that hang say where they stand."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -215,7 +217,7 @@ def _full(path: Path, error: OSError) -> RunError:
 
 def _abandon(folder: Path, made: Iterable[Path]) -> None:
     """Clear a run folder that holds no work, and remove the folders that were made for it."""
-    if any(path.name not in (*_RECORDS, JOBS) for path in folder.iterdir()):
+    if any(path.name not in (*_RECORDS, JOBS, STACKS) for path in folder.iterdir()):
         return
     for name in _RECORDS:
         (folder / name).unlink(missing_ok=True)
@@ -292,7 +294,7 @@ def environment() -> dict[str, Any]:
         "git": _git(),
         "platform": platform.platform(),
         "device": _device(),
-        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+        "ranks": int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

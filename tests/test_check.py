@@ -176,7 +176,8 @@ def test_memory_without_a_teacher(method: str, learns: bool) -> None:
     trained = head + backbone * learns
     activations = 4 * (16 + 1) * 2 * 32 * 19 * 3  # images, tokens, blocks, width, values, bytes
     frozen = 0 if learns else 4 * backbone
-    assert sizes(objective, section, "fp32") == (frozen, 4 * (head + backbone) - frozen + 12 * trained, activations)
+    learning = 4 * (head + backbone) - frozen + 12 * trained
+    assert sizes(objective, section, "fp32") == (frozen, learning, activations, int(not learns))
     assert sizes(objective, section, "bf16").frozen == frozen / 2
 
 
@@ -188,11 +189,9 @@ def test_memory_with_a_teacher_and_its_scores() -> None:
         section = load(PretrainSection, {**settings, "objective": {"head": head}})
         objective = build_pretrain(section, Loaded(build(MODEL["name"], 32, MODEL["options"]), None, {}))
         trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-        return (
-            sum(sizes(objective, section, "fp32")),
-            trained,
-            numbers(objective.backbone) + numbers(objective.student.dino_head),
-        )
+        held = sizes(objective, section, "fp32")
+        assert held.bases == 2  # the student's and the teacher's
+        return held.replicated, trained, numbers(objective.backbone) + numbers(objective.student.dino_head)
 
     (small, trained, student), (large, more, _) = estimate(64), estimate(256)
     masked = 2 * 16 * 0.5 * (0.1 + 0.5) / 2  # patches of an image's two global crops

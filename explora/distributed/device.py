@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from explora.distributed.world import local_rank
+from explora.distributed.world import local_rank, local_size
 from explora.errors import RunError
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -35,6 +35,8 @@ def device_of(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
+    if device.index is not None and local_size() > 1:
+        raise RunError(f"device '{name}' would be that of all {local_size()} ranks of this host; use cuda or auto")
     return device
 
 
@@ -43,7 +45,7 @@ def precision_on(device: torch.device, precision: Precision) -> Literal["fp32", 
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        fast = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     else:
         can = torch.cpu.get_capabilities()
         fast = device.type == "cpu" and bool(can.get("avx512_bf16") or can.get("amx_bf16"))

@@ -67,7 +67,6 @@ class Parallel:
         frozen = _frozen(module)
         if precision == "bf16":
             _narrow(module, frozen)
-        module.to(device)
         taught = {unit for root in roots if learns(root) for unit in root.modules()}
         for unit in units:
             if unit in taught:
@@ -78,16 +77,17 @@ class Parallel:
         """Bytes of a rank's buffers, by what happens to them: gradients that are `reduced` in a step, weights that are
         `gathered` in a micro-batch where each root is called once."""
         self._spread: Replicas | Shards | None = None
-        if plan.mode == "none":
-            return
-        _agree(module)
+        if plan.mode != "none":
+            _agree(module)
+        if plan.mode in ("fsdp", "hsdp"):
+            # Before the rest moves: each group comes to the device by itself, where the whole may not fit.
+            self._spread = Shards(roots, units, frozen, plan, device, precision)
+            self.traffic = self._spread.traffic
+        module.to(device)
         if plan.mode == "ddp":
             learning = [p for p in module.parameters() if p.requires_grad]
             self.traffic = {"reduced": sum(p.numel() * p.element_size() for p in learning)}
             self._spread = Replicas(learning)
-        else:
-            self._spread = Shards(roots, units, frozen, plan, device, precision)
-            self.traffic = self._spread.traffic
 
     def __call__(self, *args: Any, last: bool = True) -> Any:
         """The module's forward pass. Every rank asks for as many in a step, and reaches the same parameters.

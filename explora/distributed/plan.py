@@ -22,6 +22,13 @@ class Sizes(NamedTuple):
     """What learns in fp32: weights, a teacher's, two moments, gradients."""
     activations: int
     """What a micro-batch keeps for its backward pass."""
+    bases: int = 1
+    """Modules that share the frozen base, each of which gets shards of its own where that is sharded."""
+
+    @property
+    def replicated(self) -> int:
+        """Bytes on one rank when nothing is sharded."""
+        return self.frozen + self.learning + self.activations
 
 
 class Plan(NamedTuple):
@@ -89,7 +96,7 @@ def _wished(plan: Plan, parallel: str, shard: str) -> bool:
 
 def _held(plan: Plan, sizes: Sizes) -> float:
     """Bytes on one rank."""
-    frozen = sizes.frozen / (plan.together if plan.shard == "all" else 1)
+    frozen = sizes.frozen * (sizes.bases / plan.together if plan.shard == "all" else 1)
     return frozen + sizes.learning / plan.together + sizes.activations
 
 
@@ -100,7 +107,9 @@ def _why(plan: Plan, sizes: Sizes, memory: int | None, parallel: str, shard: str
         "trainable": f"what learns is sharded {over}, the frozen base is on each",
         "all": f"everything is sharded {over}",
     }["ddp" if plan.mode == "ddp" else plan.shard]
-    parts = ", ".join(f"{count / 2**30:.2f} GiB {what}" for what, count in sizes._asdict().items())
+    parts = ", ".join(
+        f"{getattr(sizes, what) / 2**30:.2f} GiB {what}" for what in ("frozen", "learning", "activations")
+    )
     held = f"{layout}: {_held(plan, sizes) / 2**30:.2f} GiB a rank, of {parts}"
     asked = "" if (parallel, shard) == ("auto", "auto") else "; the config asks for it"
     if memory is None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from explora.distributed.place import Place, place
-from explora.errors import ExploraError, RunError
+from explora.errors import ExploraError, Preempted, RunError
 
 T = TypeVar("T")
 logger = logging.getLogger("explora")
@@ -23,6 +23,8 @@ logger = logging.getLogger("explora")
 _START = timedelta(minutes=10)
 """How long the other ranks may take to start; on some hosts a container is unpacked meanwhile."""
 _NO_LIMIT = timedelta(days=300)
+_AWAY = ("remote", "timeout", "timed out", "aborted", "connection", "gloo")
+"""What NCCL's errors say when it is another rank that is gone."""
 _meetings = itertools.count()
 
 
@@ -49,13 +51,20 @@ def joined(device: torch.device, hang_minutes: float | None = 30) -> Iterator[No
     _join(here, device, _NO_LIMIT if hang_minutes is None else timedelta(minutes=1.1 * hang_minutes + 5))
     if here.rank:
         logger.addFilter(_errors_only)
+    together = False
     try:
         with lost_ranks():
             yield
+        together = True
+    except Preempted:
+        together = True
+        raise
     finally:
         logger.removeFilter(_errors_only)
         _control.cache_clear()
-        dist.destroy_process_group()
+        # NCCL's end waits for all ranks: an error of one alone would never be said.
+        if together or device.type != "cuda":
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -73,6 +82,8 @@ def lost_ranks() -> Iterator[None]:
 
 def is_loss(error: BaseException | None) -> bool:
     """Whether an error comes from a collective that another rank did not take part in to its end."""
+    if isinstance(error, dist.DistBackendError):  # NCCL's, which may also be a wrong call or full memory
+        return any(word in str(error).lower() for word in _AWAY)
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 

@@ -99,7 +99,9 @@ class Saver:
         return self._error is not None
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
+        for number, (name, tensor) in enumerate(tensors.items()):
+            if not isinstance(tensor, DTensor) and number % size() != rank():
+                continue  # it is whole on every rank: one of them keeps a copy
             if name in self._copies:
                 _own(self._copies[name]).copy_(_own(tensor))
             else:

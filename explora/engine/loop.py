@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from explora import config as configs
 from explora.config import Config
 from explora.data import Step, Stream, Views
-from explora.distributed import Parallel, Precision, all_reduce_sum, autocast, device_of, gathered, rank, size
+from explora.distributed import Parallel, Precision, all_reduce_sum, autocast, device_of, gathered, of_all, rank, size
 from explora.engine import checkpoint, preemption
 from explora.engine.monitor import Monitor, Seen
 from explora.engine.optim import Optimizer
@@ -121,6 +123,7 @@ class Training:
         self.outcome = Outcome()
         self._in_a_row = 0
         self._advised = False
+        self._pace: deque[float] = deque(maxlen=50)  # seconds of the latest steps
 
     def fit(self) -> Outcome:
         """Train from the newest checkpoint, or from the start, to the end; every rank must ask.
@@ -141,17 +144,24 @@ class Training:
                 self._log(seen)
             with self._bar() as bar:
                 for step in self.stream.steps(self.progress.steps):
+                    alive()
+                    began = time.monotonic()
                     agreed = self._train(step, asked, saver)
+                    self._pace.append(time.monotonic() - began)
                     alive()
                     self.progress = self.progress._replace(step=step.index + 1)
                     self.outcome.seconds = time.monotonic() - started - self._watched()
                     bar.update(step.images)
                     seen = self._look()
+                    alive()
                     if seen:
                         bar.unpause()  # its pace and remaining time are those of training alone
                     if seen or self._due(self.config.log_every):
                         self._log({**agreed.row, **self.objective.health(), **seen})
                     self._keep(agreed, saver)
+            alive()
+            saver.wait()
+            self._stop_late(asked)
         if self.monitor is not None:
             self.outcome.seen = self.monitor.seen
             share = self._watched() / (self.outcome.seconds + self._watched())
@@ -214,10 +224,20 @@ class Training:
         if saver.seconds is not None and not self._advised:
             self._advise(*saver.seconds)
 
+    def _stop_late(self, asked: preemption.Asked) -> None:
+        """Stop for a signal that came after the last step: what follows may take longer than is left.
+
+        Raises:
+            Preempted: it came to any rank.
+        """
+        flags = [sum(each) for each in zip(*of_all(asked.flags()), strict=True)]
+        if (stop := preemption.agreed(flags)) is not None:
+            raise Preempted(stop)
+
     def _advise(self, waited: float, took: float) -> None:
         """Say once what interval of checkpoints would lose the least time, where the config's is far from it."""
         self._advised = True
-        step = self.outcome.seconds / self.progress.step
+        step = statistics.median(self._pace)  # the first ones may compile
         between = float(os.environ.get("EXPLORA_ALLOCATION_SECONDS", _DAY))
         advised = round(min(max(checkpoint.advised_steps(step, waited, between), took / step), self.progress.steps))
         every = self.config.save_every

@@ -7,10 +7,11 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from explora.distributed import is_loss, on_first, rank, size
+from explora.runs import STACKS
 
 logger = logging.getLogger("explora")
 
@@ -22,7 +23,7 @@ def watched(run: Path, minutes: float | None) -> Iterator[Callable[[], None]]:
     Gives what training calls at each step: the time begins anew there. One rank alone, or `minutes` None, is never
     ended. The log says what an earlier session has left.
     """
-    folder = run / "stacks"
+    folder = run / STACKS
     on_first(lambda: _report(folder))
     if minutes is None or size() == 1:
         yield lambda: None
@@ -47,8 +48,11 @@ def watched(run: Path, minutes: float | None) -> Iterator[Callable[[], None]]:
             raise
         finally:
             faulthandler.cancel_dump_traceback_later()
-    if not path.stat().st_size:
-        path.unlink()
+            file.flush()
+            if not path.stat().st_size:
+                path.unlink()
+                with suppress(OSError):  # another rank's is still there
+                    folder.rmdir()
 
 
 def _report(folder: Path) -> None:

@@ -116,7 +116,8 @@ def _stage(stage: str, section: TrainingSection, objective: Objective, flops: in
     yield f"  head parameters       {counts['head_parameters']:,}"
     yield f"  learns in all         {counts['learning_parameters']:,}"
     yield f"  FLOPs per image       {flops / 1e9:.3g} G (backbone forward, multiply-add = 2)"
-    held = sum(sizes(objective, section, precision_on(device_of(section.loop.device), section.loop.precision)))
+    precision = precision_on(device_of(section.loop.device), section.loop.precision)
+    held = sizes(objective, section, precision).replicated
     yield f"  estimated memory      {held / 2**30:.2f} GiB (weights, optimizer, activations) on one rank"
     yield ""
 

@@ -29,7 +29,8 @@ def sizes(objective: Objective, section: TrainingSection, precision: str) -> Siz
     views = fit_views(section.views, objective.backbone)
     if isinstance(objective, DINOv2) and isinstance(views, MultiCrop):
         values += objective.prototypes * _rows(views, images) * 4 * 4
-    return Sizes(frozen * (2 if precision == "bf16" else 4), 4 * held + 12 * trained, round(values))
+    bases = sum(any(id(p) in base for p in root.parameters()) for root in objective.roots)
+    return Sizes(frozen * (2 if precision == "bf16" else 4), 4 * held + 12 * trained, round(values), bases)
 
 
 def memory_of(device: torch.device) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -210,6 +211,8 @@ def _pack(folder: Path, data: DataConfig) -> None:
             (folder / role).unlink(missing_ok=True)  # a link whose target has moved
             (folder / role).symlink_to(Path(origin).resolve())
         else:
+            for left in folder.glob(f".{role}.*.partial"):  # a kill came in the middle of packing
+                shutil.rmtree(left, ignore_errors=True)
             pack(origin, folder / role, recipe=data.recipe)
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from explora import config as configs
 from explora.data import ShardSet
-from explora.distributed import Parallel, choose, device_of, joined, local_size, on_first, precision_on, size
+from explora.distributed import Parallel, choose, device_of, joined, local_size, of_all, on_first, precision_on, size
 from explora.engine import LoopConfig, Monitor, Optimizer, Outcome, Seen, Training
+from explora.errors import RunError
 from explora.models import Account, ViT, fingerprint
 from explora.objectives import Objective
 from explora.runs import Run
@@ -73,6 +75,7 @@ def train(
     counts = parameter_counts(objective)
     trained = families(learning(objective.backbone))
     base = fingerprint(objective.base())
+    _refuse_unlike({"frozen weights": base, "shards": shards.fingerprint, "config": configs.dump(config)})
     parallel = _parallel(config, objective)
     optimizer = Optimizer(config.optim, objective, config.batch_size)
     stream = config.stream(shards, seed)
@@ -104,13 +107,31 @@ def train(
     }
 
 
+def _refuse_unlike(facts: dict[str, str]) -> None:
+    """Refuse ranks that do not begin with the same.
+
+    Raises:
+        RunError: names what differs, and where.
+    """
+    everyones = of_all(facts)
+    for what, first in everyones[0].items():
+        others = [str(number) for number, theirs in enumerate(everyones) if theirs[what] != first]
+        if others:
+            raise RunError(
+                f"rank {', '.join(others)} has other {what} than rank 0; all must start from the same files and the "
+                "same command, on hosts that compute alike (or set loop.precision to fp32 or bf16)"
+            )
+
+
 def _parallel(config: TrainingSection, objective: Objective) -> Parallel:
     """The objective on the ranks there are, as the config wants it or as its size suggests."""
     loop = config.loop
     device = device_of(loop.device)
     precision = precision_on(device, loop.precision)
+    _refuse_unlike({"loop.precision": precision})
     held = sizes(objective, config, precision)
-    plan = choose(loop.parallel, loop.shard, held, memory_of(device), size(), local_size())
+    memories = [memory for memory in of_all(memory_of(device)) if memory is not None]
+    plan = choose(loop.parallel, loop.shard, held, min(memories, default=None), size(), min(of_all(local_size())))
     parallel = Parallel(
         objective,
         objective.roots,
@@ -122,8 +143,8 @@ def _parallel(config: TrainingSection, objective: Objective) -> Parallel:
         loop.compile,
     )
     if size() > 1:
-        moved = ", ".join(f"{count / 2**20:.1f} MiB {what}" for what, count in parallel.traffic.items())
-        logger.info("%d ranks, %s: %s; a step moves %s on each", size(), plan.mode, plan.why, moved)
+        moved = " and ".join(f"{count / 2**20:.1f} MiB are {what}" for what, count in parallel.traffic.items())
+        logger.info("%d ranks, %s: %s; in a step %s", size(), plan.mode, plan.why, moved)
     return parallel
 
 
