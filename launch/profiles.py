@@ -19,6 +19,19 @@ EARLY = 60
 Stage: TypeAlias = Literal["pack", "pretrain", "finetune", "probe", "report"]
 TRAINING: tuple[Stage, ...] = ("pretrain", "finetune")
 """Stages that use all nodes and tasks; the others are one task."""
+_OURS = {
+    **{name: name for name in ("partition", "account", "qos", "constraint", "nodes")},
+    "ntasks": "tasks_per_node",
+    "ntasks-per-node": "tasks_per_node",
+    "cpus-per-task": "cpus_per_task",
+    "gpus-per-node": "gpus_per_node",
+    "time": "minutes",
+    "signal": "signal_seconds",
+    "requeue": "requeues",
+    "array": "--sweep and array_parallelism",
+    **dict.fromkeys(("dependency", "job-name", "output", "error", "open-mode")),
+}
+"""Flags of sbatch that launching sets, and what of ours to give instead."""
 
 
 class Container(Config):
@@ -59,7 +72,7 @@ class Profile(Config):
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field({})
     """Variables for every process; on SLURM `$NAME` in a value is read on the node, `${NAME}` when launching."""
     requeues: int = Field(1000, ge=0)
-    """How often a job that was stopped at its time limit may go on."""
+    """How often a job that was stopped at its time limit may go on; what SLURM requeues by itself is not counted."""
 
     @property
     def tasks(self) -> int:
@@ -115,7 +128,7 @@ class Slurm(Profile):
     container: Container | None = None
     """Run inside this image."""
     sbatch: dict[str, str | int | bool] = Field({})
-    """Further flags of sbatch by their long names: {exclusive: true, reservation: name}."""
+    """Further flags of sbatch by their long names, true for one without a value: {exclusive: true, licenses: name}."""
     array_parallelism: int = Field(256, ge=1)
     """Runs of a sweep at the same time."""
     stages: dict[Stage, Resources] = Field({})
@@ -131,6 +144,17 @@ class Slurm(Profile):
         for stage in TRAINING:
             if stage in self.stages and self.stages[stage].gpu is not None:
                 raise ValueError(f"stages.{stage}.gpu: training takes the profile's gpus_per_node; leave this out")
+        return self
+
+    @model_validator(mode="after")
+    def _flags_are_further(self) -> Slurm:
+        for name, value in self.sbatch.items():
+            flag = name.replace("_", "-")
+            if flag in _OURS:
+                instead = f"give {_OURS[flag]} instead" if _OURS[flag] else "leave it out"
+                raise ValueError(f"sbatch.{name}: launching sets --{flag} itself; {instead}")
+            if value is False:
+                raise ValueError(f"sbatch.{name}: a flag of sbatch cannot be false; leave it out")
         return self
 
     @model_validator(mode="after")

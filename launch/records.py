@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,8 +15,11 @@ from typing import Literal
 from explora.errors import RunError
 from explora.runs import JOBS, write_atomically
 
+logger = logging.getLogger("launch")
 LOCK = "lock"
 """The file that a launcher of this machine holds locked while it lives."""
+HELD = (errno.EACCES, errno.EAGAIN)
+"""What a lock that another process holds fails with; anything else says that the file system has no locks."""
 DEEPEST = 3
 """Levels of folders below the given one in which records are looked for: many runs, a sweep, one run."""
 
@@ -120,6 +125,8 @@ def claimed(root: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{root}: another launch is under way here; wait for it") from None
+        except OSError as error:
+            if error.errno in HELD:
+                raise RunError(f"{root}: another launch is under way here; wait for it") from None
+            logger.warning("%s: this file system has no locks; make sure that nothing else launches here", root)
         yield

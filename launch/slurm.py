@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import shlex
 import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,9 @@ from launch.task import REQUEUE, Task
 
 _DEAF = ["sh", "-c", 'trap "" TERM USR2; exec "$0" "$@"']
 """Starts Python deaf to what would kill it before submitit listens: a preempted job must not end by itself."""
+_EXPORT = "--export=ALL"
+"""For srun: under `sbatch --export=NONE`, which sites may set for all, it would pass no variable on."""
+_EACH_NODE = f'srun {_EXPORT} --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -61,16 +68,20 @@ def submit(profile: Slurm, cluster: str, chain: Chain) -> list[Job]:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise RunError("sbatch is not on the PATH; launch on a login node of the cluster, or see --dry-run from here")
     submitted: list[Job] = []
+    known = _files(chain, chain.stages)
     after: str | None = None
     for stage in chain.stages:
         executor = _executor(profile, chain, stage, after)
         seconds = profile.of(stage).minutes * 60
         tasks = [Task(stage, chain.whole, point.config, seconds, profile.requeues) for point in chain.points]
         try:
-            queued = executor.submit_array(tasks)
+            with redirect_stderr(io.StringIO()):  # submitit prints there what its error says too
+                queued = executor.submit_array(tasks)
         except (FailedJobError, FailedSubmissionError, OSError) as error:
-            _withdraw(submitted)
-            raise RunError(f"SLURM refuses the job of stage '{stage}': {str(error).strip()}") from None
+            left = _withdraw(submitted)
+            for path in _files(chain, (stage,) if left else chain.stages) - known:
+                path.unlink(missing_ok=True)
+            raise RunError(f"SLURM refuses the job of stage '{stage}': {str(error).strip()}{left}") from None
         for point, job in zip(chain.points, queued, strict=True):
             submitted.append(_record(cluster, point, stage, job))
             records.write(submitted[-1])
@@ -93,12 +104,26 @@ def _record(cluster: str, point: Point, stage: Stage, job: submitit.Job[Any]) ->
     )
 
 
-def _withdraw(jobs: list[Job]) -> None:
-    """Half a chain is none."""
-    if jobs:
-        ask("scancel", *(job.id for job in jobs))
+def _withdraw(jobs: list[Job]) -> str:
+    """Cancel half a chain; what to say where that fails, and the records stay for `explora cancel`."""
+    if not jobs:
+        return ""
+    ids = [job.id for job in jobs]
+    try:
+        ask("scancel", *ids)
+    except RunError as error:
+        return (
+            f"\nJobs {' '.join(ids)} of this launch could not be cancelled ({error}); cancel them by `explora cancel`"
+        )
     for job in jobs:
         job.path.unlink(missing_ok=True)
+    return ""
+
+
+def _files(chain: Chain, stages: Iterable[Stage]) -> set[Path]:
+    """What submitit has written to submit these stages."""
+    folders = [records.folder_of(chain.root) / stage for stage in stages]
+    return {path for folder in folders for path in folder.glob("*") if path.suffix in (".sh", ".pkl")}
 
 
 def _executor(profile: Slurm, chain: Chain, stage: Stage, after: str | None) -> _Executor:
@@ -124,13 +149,13 @@ def _executor(profile: Slurm, chain: Chain, stage: Stage, after: str | None) -> 
         "stderr_to_stdout": True,
         "setup": _setup(need),
         "teardown": _teardown(need, folder),
-        "srun_args": _srun(need, chain.root),
+        "srun_args": _srun(need),
         # As further flags, because submitit cannot pass a memory on to an array.
         "additional_parameters": {
             "requeue": True,
             **({} if after is None else {"kill-on-invalid-dep": "yes"}),
             **({} if need.mem_gb is None else {"mem": f"{round(need.mem_gb * 1024)}M"}),
-            **{name: value for name, value in need.sbatch.items() if value is not False},
+            **need.sbatch,
         },
     }
     executor.update_parameters(**{name: value for name, value in flags.items() if value is not None})
@@ -144,7 +169,7 @@ def _setup(profile: Slurm) -> list[str] | None:
     variables = {**profile.environment, **({} if profile.scratch is None else {"TMPDIR": profile.scratch})}
     lines += [f'export {name}="{_in_quotes(value)}"' for name, value in variables.items()]
     if profile.scratch is not None:
-        lines.append('srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 mkdir -p "$TMPDIR"')
+        lines.append(f'{_EACH_NODE} mkdir -p "$TMPDIR"')
     return [*lines, *profile.setup] or None
 
 
@@ -155,27 +180,25 @@ def _in_quotes(value: str) -> str:
     return value
 
 
-def _srun(profile: Slurm, root: Path) -> list[str]:
-    arguments = ["--kill-on-bad-exit=1", "--open-mode=append"]
+def _srun(profile: Slurm) -> list[str]:
+    arguments = ["--kill-on-bad-exit=1", "--open-mode=append", _EXPORT]
     # Since SLURM 22.05 srun no longer takes this from sbatch.
     arguments.append(f"--cpus-per-task={profile.cpus_per_task}")
     if profile.container is not None and profile.container.kind == "pyxis":
-        mounts = [path if ":" in path else f"{path}:{path}" for path in _mounts(profile, root)]
-        arguments += [
-            f"--container-image={profile.container.image}",
-            f"--container-mounts={','.join(mounts)}",
-            f"--container-workdir={os.getcwd()}",
-        ]
+        arguments += [f"--container-image={profile.container.image}", f"--container-workdir={os.getcwd()}"]
     return arguments
 
 
 def _python(profile: Slurm, root: Path) -> str:
-    """The shell words that start Python on a node."""
+    """The shell words after srun's arguments, that start Python on a node."""
     container = profile.container
     if container is None:
         return shlex.join([*_DEAF, profile.python or sys.executable])
     if container.kind == "pyxis":
-        return shlex.join([*_DEAF, container.python])
+        mounts = ",".join(path if ":" in path else f"{path}:{path}" for path in _mounts(profile, root))
+        # One more of srun's arguments: submitit would quote it among the others, and the shell must read $TMPDIR.
+        scratch = ',"$TMPDIR:$TMPDIR"' if profile.scratch is not None else ""
+        return f"--container-mounts={shlex.quote(mounts)}{scratch} {shlex.join([*_DEAF, container.python])}"
     words = [*_DEAF, "apptainer", "exec", *(["--nv"] if profile.gpus_per_node else []), "--pwd", os.getcwd()]
     words += [word for path in _mounts(profile, root) for word in ("--bind", path)]
     scratch = ' --bind "$TMPDIR"' if profile.scratch is not None else ""
@@ -189,8 +212,12 @@ def _mounts(profile: Slurm, root: Path) -> list[str]:
 
 
 def _teardown(profile: Slurm, folder: Path) -> list[str] | None:
-    """In a container Python has no scontrol: it leaves a file, and the batch script requeues."""
-    if profile.container is None:
-        return None
-    asked = f'{shlex.quote(str(folder))}/"$SLURM_JOB_ID"{REQUEUE}'
-    return ["status=$?", f'if rm {asked} 2>/dev/null; then scontrol requeue "$SLURM_JOB_ID"; fi', "exit $status"]
+    """Remove scratch that is this job's alone, and requeue for a container: Python, without scontrol, leaves a file."""
+    lines = []
+    if profile.scratch is not None and re.search(r"\$SLURM_JOB_ID\b", profile.scratch):
+        lines.append(f'{_EACH_NODE} rm -rf "{_in_quotes(profile.scratch)}"')
+    if profile.container is not None:
+        asked = f'{shlex.quote(str(folder))}/"$SLURM_JOB_ID"{REQUEUE}'
+        failed = 'echo "error: the job cannot go back to the queue; launch again to go on"'
+        lines.append(f'if rm {asked} 2>/dev/null; then scontrol requeue "$SLURM_JOB_ID" || {failed}; fi')
+    return ["status=$?", *lines, "exit $status"] if lines else None

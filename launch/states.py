@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import socket
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +28,23 @@ class State(NamedTuple):
     """How a job is doing."""
 
     name: str
-    """SLURM's word for it; LOST where this machine's launcher was killed, UNKNOWN where SLURM has forgotten."""
+    """SLURM's word for it; LOST where a launcher was killed, UNKNOWN where SLURM has forgotten or is not here."""
     requeues: int = 0
     node: str = ""
     reason: str = ""
     """Why a job waits or has ended, where SLURM says it."""
+    unseen: bool = False
+    """Whether only another machine can say: this one has no SLURM."""
 
     @property
     def active(self) -> bool:
         """Whether the job is queued or running."""
         return self.name not in ENDED
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the job is queued or running for all that is known here."""
+        return self.active or self.unseen
 
 
 class Progress(NamedTuple):
@@ -51,12 +58,13 @@ class Progress(NamedTuple):
 
 
 def states(jobs: Sequence[Job]) -> list[State]:
-    """The states of jobs, in their order; SLURM is asked once for all of them.
+    """The states of jobs, in their order; SLURM is asked once for all of them, where there is one.
 
     Raises:
-        RunError: SLURM cannot be reached.
+        RunError: SLURM does not answer.
     """
-    known = _slurm([job.id for job in jobs if job.kind == "slurm"])
+    absent = shutil.which("squeue") is None
+    known = {} if absent else _slurm([job.id for job in jobs if job.kind == "slurm"])
     found = []
     for job in jobs:
         if job.kind == "local":
@@ -64,7 +72,7 @@ def states(jobs: Sequence[Job]) -> list[State]:
         elif job.id in known:
             found.append(known[job.id])
         else:
-            found.append(State("COMPLETED" if job.finished() else "UNKNOWN"))
+            found.append(State("COMPLETED") if job.finished() else State("UNKNOWN", unseen=absent))
     return found
 
 
@@ -81,9 +89,9 @@ def progress(job: Job) -> Progress | None:
 
 
 def local_state(job: Job) -> State:
-    """The state of a stage on this machine; LOST where its launcher was killed."""
+    """The state of a stage without SLURM; LOST where its launcher was killed, on whatever host that was."""
     state = State(job.state, job.requeues, job.host)
-    if not state.active or job.host != socket.gethostname() or _held(Path(job.launcher) / records.LOCK):
+    if not state.active or _held(Path(job.launcher) / records.LOCK):
         return state
     now = records.read(job.path)  # it may have ended since the record was read
     return state._replace(name="LOST" if now.state == job.state else now.state)
@@ -108,12 +116,10 @@ def ask(*words: str) -> str:
 def _held(path: Path) -> bool:
     """Whether a process holds a file locked."""
     try:
-        with path.open("r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
+        with path.open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in records.HELD  # of a file that may not be read nobody can say it, so nobody calls it lost
     return False
 
 

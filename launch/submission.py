@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from explora import config as configs
-from explora.config import Overrides
+from explora.config import Config, Overrides
 from explora.errors import DataError, RunError
 from explora.runs import Run
+from explora.stages.finetune import FinetuneConfig
 from explora.stages.pipeline import RunConfig
+from explora.stages.pretrain import PretrainConfig
+from explora.stages.probe import ProbeConfig
 from launch import chain, local, profiles, records, slurm
 from launch.chain import Chain
 from launch.profiles import Cluster, Slurm
 from launch.records import Job
 from launch.states import states
+
+_ALONE: dict[str, type[Config]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "probe": ProbeConfig}
+"""Configs of stages that are launched alone."""
 
 
 def submit(
@@ -84,9 +90,14 @@ def _refuse_missing(missing: Sequence[str], profile: Cluster) -> None:
 def _refuse_active(whole: Chain) -> None:
     """Two chains on one run folder would meet its lock after hours in the queue."""
     jobs: list[Job] = [job for job in records.below(whole.root) if Path(job.out) in _folders(whole)]
-    active = [job for job, state in zip(jobs, states(jobs), strict=True) if state.active]
-    if active:
-        ids = ", ".join(f"{job.id} ({job.stage})" for job in active)
+    found = [(job, state) for job, state in zip(jobs, states(jobs), strict=True) if state.unsettled]
+    ids = ", ".join(f"{job.id} ({job.stage})" for job, _ in found)
+    if any(state.unseen for _, state in found):
+        raise RunError(
+            f"{whole.root}: jobs of this run may be queued or running, but squeue is not on the PATH: {ids}; launch on "
+            f"a login node of their cluster or, if they have ended, remove {records.folder_of(whole.root)}"
+        )
+    if found:
         raise RunError(
             f"{whole.root}: jobs of this run are queued or running: {ids}; "
             f"wait for them, or `explora cancel {whole.root}`"
@@ -94,10 +105,11 @@ def _refuse_active(whole: Chain) -> None:
 
 
 def _refuse_other_config(whole: Chain) -> None:
-    """A chain's folder that has a config already says now what is another in this one, as its jobs would say later."""
-    for point in whole.points if whole.whole else ():
+    """A folder that has a config already says now what is another in this one, as its jobs would say later."""
+    kind = RunConfig if whole.whole else _ALONE[whole.stages[0]]
+    for point in whole.points:
         if (point.out / "config.yaml").is_file():
-            with Run.open(point.out, configs.validate(RunConfig, point.config)):
+            with Run.open(point.out, configs.validate(kind, point.config)):
                 pass
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +22,13 @@ from launch.records import Job
 from launch.states import Progress, State, progress, states
 
 COLUMNS = ("run", "stage", "job", "state", "step", "ETA", "loss", "requeues", "node", "log")
+_NARROWER: tuple[set[str], ...] = (
+    *(set(), {"log"}, {"log", "node", "requeues"}),
+    {"log", "node", "requeues", "ETA", "loss", "run"},
+)
+"""What is left out until the rest fits; logs then come beneath, and their paths begin with the run's."""
+_GAP = 2
+"""Spaces between columns."""
 _COLOURS = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow", "CANCELLED": "magenta"}
 _PIPE = 1000
 """Characters of a line where nobody looks, so that nothing is cut."""
@@ -59,10 +66,10 @@ def jobs(run: str | Path = "runs", watch: bool = False) -> list[Row]:
     console = Console() if terminal else Console(width=_PIPE, color_system=None)
     found, over = look(run)
     if not (watch and terminal):
-        console.print(_table(found))
+        console.print(_table(found, console.width), crop=False)
     if not watch:
         return found
-    shown = Live(_table(found), console=console, auto_refresh=False) if terminal else None
+    shown = Live(_table(found, console.width), console=console, auto_refresh=False) if terminal else None
     with shown or nullcontext():
         while not over:
             time.sleep(_EVERY)
@@ -73,9 +80,9 @@ def jobs(run: str | Path = "runs", watch: bool = False) -> list[Row]:
                 print(error, file=sys.stderr)
                 continue
             if shown is not None:
-                shown.update(_table(found), refresh=True)
+                shown.update(_table(found, console.width), refresh=True)
             elif found != before:
-                console.print(_table(found))
+                console.print(_table(found, console.width), crop=False)
     return found
 
 
@@ -124,12 +131,21 @@ def _short(path: str) -> str:
     return path if near.startswith("..") else near
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
-    for column in table.columns:
-        column.overflow = "fold"
-        column.no_wrap = column.header not in ("run", "log")
+def _table(rows: Sequence[Row], width: int) -> Group:
+    """As many columns as fit uncut; why a job waits goes on below its state where it must."""
+    needs = {}
+    for number, name in enumerate(COLUMNS):
+        cells = [row[number] for row in rows]
+        needs[name] = max(map(len, [name, *(" ".join(cells).split() if name == "state" else cells)]))
+    for absent in _NARROWER:
+        shown = [name for name in COLUMNS if name not in absent]
+        if sum(needs[name] + _GAP for name in shown) - _GAP <= width:
+            break
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in shown:
+        table.add_column(name, overflow="fold", no_wrap=name != "state", min_width=needs[name])
     for row in rows:
         colour = _COLOURS.get(row.state.split()[0], "red")
-        table.add_row(*(Text(cell, style=colour if cell is row.state else "") for cell in row))
-    return table
+        table.add_row(*(Text(row[COLUMNS.index(name)], style=colour if name == "state" else "") for name in shown))
+    logs = (Text(f"{row.stage} {row.job}: {row.log}", overflow="fold") for row in rows if "log" not in shown)
+    return Group(table, *logs)

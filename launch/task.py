@@ -7,25 +7,28 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import submitit
+from submitit.core.utils import UncompletedJobError
 
 import explora
-from explora.errors import ExploraError, Preempted
+from explora.errors import ExploraError, Preempted, RunError
 
 MISTAKE = 2
 """Exit code of a job that an ExploraError ended."""
 REQUEUE = "_requeue"
 """A file of this ending asks the batch script to requeue, where a container hides SLURM's commands from Python."""
-_PATIENCE = 3600
-"""Seconds to wait for the scheduler to end a process that has nothing left to do."""
+_PATIENCE = 900
+"""Seconds to wait for the scheduler to end a process that has nothing left to do; it notices a dead node in minutes."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,24 @@ class Task:
             # Below 32768, where systems begin to hand out ports to anyone.
             os.environ.setdefault("MASTER_PORT", str(10_000 + 31 * int(place.raw_job_id) % 20_000))
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        if shutil.which("scontrol") is None:
-            signal.signal(signal.SIGUSR2, self._ask_script)
-        requeue: Any = signal.getsignal(signal.SIGUSR2)
+        handler: Any = self._ask_script if shutil.which("scontrol") is None else signal.getsignal(signal.SIGUSR2)
+        requeue = _or_say_why(handler)
+        signal.signal(signal.SIGUSR2, requeue)
         try:
-            self.work()
-        except Preempted as stop:
-            print(stop, flush=True)
-            if stop.signal == signal.SIGUSR2 and place.global_rank == 0:
-                requeue(stop.signal, None)
-            _wait_for_the_end(128 + stop.signal)
+            try:
+                self.work()
+            except Preempted as stop:
+                print(stop, flush=True)
+                if stop.signal == signal.SIGUSR2 and place.global_rank == 0:
+                    requeue(stop.signal, None)
+                _wait_for_the_end(128 + stop.signal)
         except ExploraError as error:
             if _lost(error):
                 print(f"{error}\nwaiting for SLURM to say what became of it", flush=True)
                 _wait_for_the_end(MISTAKE)
             _say(error)
+            if place.num_tasks > 1:
+                os._exit(MISTAKE)  # an interpreter that ends in order may wait for other ranks in NCCL
             raise SystemExit(MISTAKE) from None
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # one that comes now must not requeue a finished job
 
@@ -95,8 +101,9 @@ class Task:
         place = submitit.JobEnvironment()
         if place.global_rank:
             return
-        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < self.requeues:
-            place.paths.folder.joinpath(f"{place.raw_job_id}{REQUEUE}").touch()
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) >= self.requeues:
+            raise UncompletedJobError(f"it did so {self.requeues} times, as often as `requeues` lets it")
+        place.paths.folder.joinpath(f"{place.raw_job_id}{REQUEUE}").touch()
         raise SystemExit(128 + number)
 
 
@@ -112,6 +119,18 @@ def main() -> None:
     except ExploraError as error:
         _say(error)
         raise SystemExit(MISTAKE) from None
+
+
+def _or_say_why(requeue: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
+    """A handler that requeues, or raises a RunError that says why it cannot: at its limit, or SLURM refuses."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        try:
+            requeue(number, frame)
+        except (UncompletedJobError, subprocess.SubprocessError, OSError) as error:
+            raise RunError(f"the job cannot go back to the queue: {error}; launch again to go on") from None
+
+    return handler
 
 
 def _log_lines() -> None:

@@ -94,7 +94,8 @@ def test_dry_run_field_by_field(site: Fakes, tmp_path: Path, chaining: Make) -> 
         assert {**one_task, **special}.items() <= flags(scripts[stage]).items()
         assert ("gpus-per-node" in flags(scripts[stage])) == (stage == "probe")
     step = scripts["pretrain"].split("# command")[1]
-    assert "--kill-on-bad-exit=1 --open-mode=append --cpus-per-task=6" in step
+    assert "--kill-on-bad-exit=1 --open-mode=append --export=ALL --cpus-per-task=6" in step
+    assert scripts["pretrain"].count("srun ") == scripts["pretrain"].count("--export=ALL") == 3
     assert f"{tmp_path}/runs/x/jobs/pretrain/%j_%t_log.out" in step
     for script in scripts.values():
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -107,6 +108,7 @@ def test_dry_run_field_by_field(site: Fakes, tmp_path: Path, chaining: Make) -> 
         check=True,
     )
     assert said.stdout == 'a "me" `x` /scratch/7\n'
+    assert 'rm -rf "/scratch/$SLURM_JOB_ID"' in scripts["pretrain"].split("# teardown")[1]
     assert not (tmp_path / "runs").exists()
     assert site.calls("sbatch") == []
 
@@ -136,7 +138,8 @@ def test_containers(tmp_path: Path, chaining: Make, kind: str) -> None:
         assert "--nv" not in scripts["report"]
     else:
         assert "--container-image=/images/a b.sif" in words
-        assert f"--container-mounts={tmp_path}:{tmp_path},{run}:{run},/data:/data,/a:/b" in words
+        assert f"--container-mounts={tmp_path}:{tmp_path},{run}:{run},/data:/data,/a:/b,$TMPDIR:$TMPDIR" in words
+        assert ',"$TMPDIR:$TMPDIR" sh' in scripts["pretrain"]  # for the shell to read
         assert f"--container-workdir={tmp_path}" in words
     launch.submit(config, cluster="boxed")  # what only the container sees does not count as missing
 
@@ -153,6 +156,22 @@ def test_a_container_requeues_through_the_batch_script(slurm: Fakes, tmp_path: P
         )
         assert (done.returncode, len(slurm.calls("scontrol"))) == (code, requeues)
     assert slurm.calls("scontrol") == ["requeue 1001"]
+
+
+@pytest.mark.parametrize(("scratch", "gone"), [("a $SLURM_JOB_ID", True), ("mine", False), ("$SLURM_JOB_ID_x", False)])
+def test_scratch_of_a_job_goes_with_it(
+    slurm: Fakes, tmp_path: Path, pretraining: Make, scratch: str, gone: bool
+) -> None:
+    given = {"kind": "slurm", "scratch": f"{tmp_path}/scratch/{scratch}"}
+    (tmp_path / "clusters.yaml").write_text(yaml.safe_dump({"site": given}))
+    launch.submit(pretraining("runs/x"), cluster="site")
+    (slurm.home / "srun").write_text(
+        '#!/bin/bash\nwhile [ "${1#-}" != "$1" ]; do [ "$1" = --output ] && shift; shift; done\n'
+        '[ "$1" != sh ] && exec "$@"\ntouch "$TMPDIR/file"; exit 3\n'
+    )
+    environment = {"PATH": f"{slurm.home}:/bin", "SLURM_JOB_ID": "1001", "SLURM_JOB_NUM_NODES": "1"}
+    assert subprocess.run(["bash", slurm.home / "1001.sh"], env=environment).returncode == 3
+    assert ([path.name for path in (tmp_path / "scratch").rglob("*")] == []) == gone
 
 
 def test_what_is_submitted_is_what_a_dry_run_shows(site: Fakes, tmp_path: Path, chaining: Make) -> None:
@@ -228,12 +247,28 @@ def test_a_run_is_launched_once_at_a_time(site: Fakes, pretraining: Make) -> Non
     assert len(site.calls("sbatch")) == 2
 
 
-def test_half_a_chain_is_none(site: Fakes, tmp_path: Path, chaining: Make) -> None:
+def left_of(run: Path) -> list[str]:
+    """Files of a run's jobs that submitting has written."""
+    return sorted(str(path.relative_to(run / "jobs")) for path in (run / "jobs").rglob("*.*") if not path.is_dir())
+
+
+def test_half_a_chain_is_none(site: Fakes, tmp_path: Path, chaining: Make, capfd: pytest.CaptureFixture[str]) -> None:
     (site.home / "refuse").write_text("1003")
     with pytest.raises(RunError, match="SLURM refuses the job of stage 'finetune': sbatch: error: invalid partition"):
         launch.submit(chaining("runs/x"), cluster="site")
     assert site.calls("scancel") == ["1001 1002"]
-    assert list((tmp_path / "runs/x/jobs").glob("*.json")) == []
+    assert left_of(tmp_path / "runs/x") == [".launching"]
+    assert capfd.readouterr() == ("", "")  # the error says it all
+
+
+def test_what_cannot_be_cancelled_is_named(site: Fakes, tmp_path: Path, chaining: Make) -> None:
+    (site.home / "refuse").write_text("1002")
+    (site.home / "scancel").write_text("#!/bin/bash\necho down >&2; exit 1\n")
+    with pytest.raises(RunError, match=r"(?s)'pretrain'.*invalid partition\nJobs 1001 of this .* \(scancel: down\)"):
+        launch.submit(chaining("runs/x"), cluster="site")
+    left = left_of(tmp_path / "runs/x")
+    assert {"pack.json", "pack/1001_submitted.pkl", "pack/1001_submission.sh"} <= set(left)
+    assert [name for name in left if name.startswith("pretrain")] == []
 
 
 def test_mistakes_cost_no_wait_in_the_queue(
@@ -275,6 +310,10 @@ def test_mistakes_cost_no_wait_in_the_queue(
         ({"container": {"kind": "docker", "image": "x"}}, "container.kind: expected 'apptainer' or 'pyxis'"),
         ({"environment": {"A B": "x"}}, "environment"),
         ({"kind": "local"}, "no such key"),
+        ({"sbatch": {"requeue": False}}, "sbatch.requeue: launching sets --requeue itself; give requeues instead"),
+        ({"sbatch": {"ntasks_per_node": 2}}, "--ntasks-per-node itself; give tasks_per_node instead"),
+        ({"sbatch": {"output": "x"}}, "--output itself; leave it out"),
+        ({"sbatch": {"exclusive": False}}, "sbatch.exclusive: a flag of sbatch cannot be false; leave it out"),
     ],
 )
 @pytest.mark.usefixtures("site")

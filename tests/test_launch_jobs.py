@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from slurm_fakes import Fakes, slurm
 
 import launch
+from explora import config as configs
 from explora.errors import RunError
-from launch import records, states, table
+from explora.runs import Run
+from explora.stages.pretrain import PretrainConfig
+from explora.stages.probe import ProbeConfig
+from launch import cancelling, records, states, table
 from launch.records import Job
 
 __all__ = ["slurm"]
+Make = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -149,3 +160,96 @@ def test_one_launch_at_a_time(tmp_path: Path) -> None:
     with records.claimed(tmp_path):
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "another launch is under way here" in said.stderr
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with records.claimed(tmp_path):
+        assert "this file system has no locks" in caplog.text
+    (tmp_path / "lock").touch()
+    assert states.local_state(local(tmp_path)).name == "LOST"
+
+
+def local(folder: Path) -> Job:
+    """The record of a stage that another host launched."""
+    job = Job("7", "pretrain", "local", "two", str(folder), str(folder), (), "", "elsewhere", 0, str(folder), "RUNNING")
+    records.write(job)
+    return job
+
+
+def test_a_launcher_of_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = local(tmp_path)
+    (tmp_path / "plan.json").write_text('{"profile": {"grace_seconds": 0}}')
+    code = f"import fcntl; f = open({str(tmp_path / 'lock')!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    monkeypatch.setattr(cancelling, "_MARGIN", 0.2)
+    assert states.local_state(job).name == "RUNNING"
+    with pytest.raises(RunError, match="launched on elsewhere; cancel it there"):
+        launch.cancel(tmp_path)
+    holder.communicate(b"\n")
+    assert states.local_state(job).name == "LOST"
+    assert launch.cancel(tmp_path).split()[:3] == ["cancelled", "7", "pretrain"]
+    assert records.read(job.path) == replace(job, state="CANCELLED")
+    assert launch.cancel(tmp_path) == "nothing is queued or running"
+
+
+@pytest.mark.parametrize(
+    ("width", "absent"),
+    [
+        (200, set()),
+        (90, {"log"}),
+        (70, {"log", "node", "requeues"}),
+        (45, {"log", "node", "requeues", "ETA", "loss", "run"}),
+    ],
+)
+def test_a_narrow_terminal(
+    chain: Fakes, width: int, absent: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (chain.home.parent / "runs/x/jobs/pack.json").unlink()
+    for stage, number in ("pretrain", 2), ("finetune", 3):
+        job = records.read(chain.home.parent / f"runs/x/jobs/{stage}.json")
+        records.write(replace(job, id=f"2573{number}"))
+    chain.queue(_25732="RUNNING|2|x[1-2]|None", _25733="PENDING|0||Nodes required for job are DOWN or DRAINED")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = launch.jobs("runs")
+    said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert [line for line in said.splitlines() if len(line.rstrip()) > width] == []
+    words = said.split()
+    for row in rows:
+        assert {row.job, row.stage, *row.state.split()[:1], *row.step.split()} <= set(words)
+        assert row.log in "".join(words)
+    shown = {name for name in table.COLUMNS if name in said.splitlines()[0].split()}
+    assert set(table.COLUMNS) - shown == absent
+
+
+@pytest.mark.usefixtures("chain")
+def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretraining: Make) -> None:
+    (tmp_path / "runs/x/pack/summary.json").touch()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert [row.state for row in launch.jobs("runs", watch=True)] == ["COMPLETED", "UNKNOWN", "UNKNOWN"]
+    with pytest.raises(RunError, match=r"may be queued or running, but squeue is not on the PATH: 2 \(pretrain\), 3"):
+        launch.submit(pretraining("runs/x"))
+    with pytest.raises(RunError, match="scancel is not on the PATH"):
+        launch.cancel("runs/x")
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_finished_stage_of_another_config(tmp_path: Path, pretraining: Make, probing: Make) -> None:
+    for make, kind in (pretraining, PretrainConfig), (probing, ProbeConfig):
+        config = make(tmp_path / kind.__name__)
+        with Run.open(config["out"], configs.load(kind, config)) as run:
+            run.finish({})
+        assert "nothing to submit" in launch.submit(config)
+        with pytest.raises(RunError, match="holds a run of another config:\n  seed: 0 there, 7 now"):
+            launch.submit(config, {"seed": 7})
+    free = {"loop.save_every": 3}
+    assert set(free) <= set(configs.free_keys(configs.load(PretrainConfig, pretraining("x"))))
+    assert "nothing to submit" in launch.submit(pretraining(tmp_path / "PretrainConfig"), free)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from slurm_fakes import Fakes, slurm
+from submitit.core.utils import UncompletedJobError
 
 import explora
 import launch
@@ -40,12 +41,11 @@ def logger() -> Iterator[None]:
 
 
 @pytest.fixture
-def job(slurm: Fakes, tmp_path: Path) -> Callable[[dict[str, Any]], subprocess.Popen[bytes]]:
-    """Launch a config and run the sbatch file of its first job on this machine."""
+def job(slurm: Fakes, tmp_path: Path) -> Callable[[], subprocess.Popen[bytes]]:
+    """Run the sbatch file of the first job that was launched on this machine."""
     (tmp_path / "clusters.yaml").write_text(yaml.safe_dump({"site": {"kind": "slurm"}}))
 
-    def run(config: dict[str, Any]) -> subprocess.Popen[bytes]:
-        launch.submit(config, cluster="site")
+    def run() -> subprocess.Popen[bytes]:
         with (tmp_path / "log").open("wb") as log:
             return subprocess.Popen(["bash", slurm.home / "1001.sh"], env={**os.environ, **JOB}, stdout=log, stderr=log)
 
@@ -53,11 +53,12 @@ def job(slurm: Fakes, tmp_path: Path) -> Callable[[dict[str, Any]], subprocess.P
 
 
 def test_a_mistake_is_one_message_and_a_failed_job(
-    tmp_path: Path, pretraining: Make, job: Callable[[dict[str, Any]], subprocess.Popen[bytes]]
+    tmp_path: Path, pretraining: Make, job: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
+    launch.submit(pretraining("runs/x"), cluster="site")
     with explora.runs.Run.open(tmp_path / "runs/x", explora.config.Config()):
         pass
-    assert job(pretraining("runs/x")).wait() == task.MISTAKE
+    assert job().wait() == task.MISTAKE
     said = (tmp_path / "log").read_text()
     assert "error: runs/x: holds a run of another config" in said
     assert "Traceback" not in said
@@ -65,9 +66,10 @@ def test_a_mistake_is_one_message_and_a_failed_job(
 
 
 def test_a_job_told_to_stop_saves_and_requeues(
-    slurm: Fakes, tmp_path: Path, pretraining: Make, job: Callable[[dict[str, Any]], subprocess.Popen[bytes]]
+    slurm: Fakes, tmp_path: Path, pretraining: Make, job: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
-    script = job(pretraining("runs/x", steps=100_000, monitor=None))
+    launch.submit(pretraining("runs/x", steps=100_000, monitor=None), cluster="site")
+    script = job()
     metrics, pid = tmp_path / "runs/x/metrics.jsonl", tmp_path / "runs/x/.lock"
     deadline = time.monotonic() + 60
     while not metrics.exists() and time.monotonic() < deadline:
@@ -148,8 +150,38 @@ def test_a_mistake_exits(monkeypatch: pytest.MonkeyPatch, quiet: list[int], caps
     assert quiet == []
 
 
+@pytest.mark.parametrize(
+    "error", [UncompletedJobError("timed-out too many times"), subprocess.CalledProcessError(1, "scontrol"), OSError()]
+)
+@pytest.mark.parametrize("early", [False, True])
+def test_what_cannot_requeue_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    quiet: list[int],
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    early: bool,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    def stop(_: Task) -> None:
+        if early:  # before training listens itself
+            os.kill(os.getpid(), signal.SIGUSR2)
+        raise Preempted(signal.SIGUSR2)
+
+    signal.signal(signal.SIGUSR2, refuse)
+    monkeypatch.setattr(Task, "work", stop)
+    with pytest.raises(SystemExit) as end:
+        Task("pretrain", False, {})()
+    assert end.value.code == task.MISTAKE
+    *saved, said = capsys.readouterr().out.splitlines()
+    assert said == f"error: the job cannot go back to the queue: {error}; launch again to go on"
+    assert len(saved) == (not early)
+    assert quiet == []
+
+
 def test_without_scontrol_the_batch_script_is_asked(
-    monkeypatch: pytest.MonkeyPatch, quiet: list[int], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, quiet: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(_: Task) -> None:
         raise Preempted(signal.SIGUSR2)
@@ -164,6 +196,9 @@ def test_without_scontrol_the_batch_script_is_asked(
     with pytest.raises(SystemExit):
         Task("pretrain", False, {}, requeues=1)()
     assert not (tmp_path / "1001_requeue").exists()
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith("error: the job cannot go back to the queue: it did so 1")
+    )
     assert quiet == []
 
 
