@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,16 +124,17 @@ def counted() -> Iterator[dict[str, int]]:
         yield found
 
 
-def train(name: str, plan: Plan) -> dict[str, Any]:
-    build, sizes = MADE[name]
+def train(name: str, plan: Plan, sizes: list[list[int]] | None = None, steps: int = STEPS) -> dict[str, Any]:
+    build, usual = MADE[name]
+    sizes = [[8]] if plan is ALONE else sizes or usual
     made = build()
     frozen = {key: p.detach().clone() for key, p in made.named_parameters() if key not in made.learnt()}
     parallel = parallel_of(made, plan)
     optimizer = Optimizer(OptimConfig(lr=3e-4), made, 8)
     losses, norms = [], []
-    for number in range(STEPS):
-        progress = at(number, steps=STEPS)
-        losses.append(step(parallel, parts_for(made, [[8]] if plan is ALONE else sizes, number), progress))
+    for number in range(steps):
+        progress = at(number, steps=steps)
+        losses.append(step(parallel, parts_for(made, sizes, number), progress))
         norms.append(optimizer.step(progress, torch.zeros(())))
         made.after_step(progress)
     now = gathered(dict(made.named_parameters()))
@@ -223,19 +225,31 @@ def alone() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_twenty_steps_are_those_of_one_rank(ranks: Any, alone: Any, name: str, kind: str) -> None:
-    single = alone[name]
+    assert_same_training([each["trained"][name][kind] for each in ranks], alone[name])
+
+
+def assert_same_training(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
     assert single["losses"][-1] != single["losses"][0]
-    for each in ranks:
-        done = each["trained"][name][kind]
+    for done in ranks:
         assert done["losses"] == pytest.approx(single["losses"], rel=1e-5)
         assert done["norms"] == pytest.approx(single["norms"], rel=1e-4)
         assert list(done["learnt"]) == list(single["learnt"])
         for key, tensor in single["learnt"].items():
             found = done["learnt"][key]
-            assert torch.equal(found, ranks[0]["trained"][name][kind]["learnt"][key])
+            assert torch.equal(found, ranks[0]["learnt"][key])
             if key.endswith("qkv.bias"):  # softmax does not feel that of k: AdamW follows what rounding leaves of it
                 found, tensor = (torch.cat([each.chunk(3)[0], each.chunk(3)[2]]) for each in (found, tensor))
             assert_close(found, tensor, atol=1e-5, rtol=1e-4, msg=key)
+
+
+def on_four() -> dict[str, Any]:
+    return train("dinov2 in parts", Plan("hsdp", "all", "", 2), [[1, 1]] * 4, steps=3)
+
+
+def test_two_nodes_of_two_ranks_are_one(tmp_path: Path) -> None:
+    done = on_ranks(on_four, tmp_path, ranks=4)
+    assert_same_training(done, train("dinov2 in parts", ALONE, steps=3))
+    assert all(0.45 < each["held"] / each["frozen"] < 0.55 for each in done)  # a half, not a quarter
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -358,10 +372,24 @@ def test_compiled_blocks_keep_names_and_results(monkeypatch: pytest.MonkeyPatch)
     names = list(made.state_dict())
     expected = gradients(plain, parallel_of(plain, ALONE))
     found = gradients(made, parallel_of(made, ALONE, compile=True))
+    assert all(unit._compiled_call_impl is not None for unit in made.units)
+    assert all(unit._compiled_call_impl is None for unit in plain.units)
     assert list(made.state_dict()) == names
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
     for key, gradient in expected[1].items():
         assert_close(found[1][key], gradient)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "mae", "supervised"])
+def test_what_is_compiled_holds_the_recomputation(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    found: dict[nn.Module, Any] = {}
+    monkeypatch.setattr(nn.Module, "compile", lambda unit: found.update({unit: vars(unit).get("forward")}))
+    made = MADE[name][0]()
+    taught = {unit for root in made.roots if any(p.requires_grad for p in root.parameters()) for unit in root.modules()}
+    parallel_of(made, ALONE, how="full", compile=True)
+    assert found.keys() == set(made.units)
+    assert {unit for unit, forward in found.items() if forward is not None} == taught & set(made.units) != set()
+    assert all(vars(unit).get("forward") is forward for unit, forward in found.items())  # nothing came around it later
 
 
 def test_units_and_roots_hold_everything() -> None:

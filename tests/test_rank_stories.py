@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import FINETUNE, Answer
 from processes import ranks
 from stopping import rows
+from test_pretrain import MASKED
 from torch.testing import assert_close
 
 import explora
@@ -38,7 +42,7 @@ def assert_alike(one: Path, other: Path) -> None:
 
 def test_stopped_on_two_ranks_killed_on_two_finished_on_one(tmp_path: Path, pretraining: Make) -> None:
     """Sharded, then replicated, then alone: each goes on where the one before stood."""
-    config = pretraining(tmp_path / "run", steps=STEPS)
+    config = pretraining(tmp_path / "run", steps=STEPS, micro_batches=2)
     path = written(tmp_path, config)
     with ranks("pretrain", path, "loop.parallel=fsdp", "loop.shard=all") as sharded:
         sharded.reached(tmp_path / "run", 5)
@@ -60,6 +64,28 @@ def test_stopped_on_two_ranks_killed_on_two_finished_on_one(tmp_path: Path, pret
     explora.pretrain(config)
     explora.pretrain({**config, "out": str(tmp_path / "alone")})
     assert_alike(tmp_path / "run", tmp_path / "alone")
+
+
+def test_a_masked_pretraining_on_two_ranks_and_alone(tmp_path: Path, pretraining: Make) -> None:
+    path = written(tmp_path, pretraining(tmp_path / "together", **MASKED, micro_batches=2))
+    with ranks("pretrain", path, "loop.parallel=fsdp", "loop.shard=all") as both:
+        first, second = both.ends()
+    assert (first.code, second.code) == (0, 0), (first.text, second.text)
+    assert re.search(
+        r"2 ranks, fsdp: everything is sharded over .*; in a step \d\.\d MiB are reduced and \d\.\d MiB are gathered",
+        first.text,
+    )
+    alone = explora.pretrain(pretraining(tmp_path / "alone", **MASKED, micro_batches=2)).summary
+    assert_alike(tmp_path / "together", tmp_path / "alone")
+    left, right = (np.load(tmp_path / name / "pictures.npz") for name in ("together", "alone"))
+    for name in right:
+        assert abs(left[name].astype(int) - right[name]).max() <= 1
+
+    together = json.loads((tmp_path / "together" / "summary.json").read_text())
+    assert (together["ranks"], together["parallel"], alone["ranks"]) == (2, "fsdp", 1)
+    assert together.keys() - alone.keys() == {"parallel", "traffic"}
+    assert together["traffic"]["reduced"] == 4 * alone["learning_parameters"]
+    assert together["traffic"]["gathered"] > together["traffic"]["reduced"]
 
 
 def test_mistakes_are_said_by_the_ranks_that_meet_them(tmp_path: Path, pretraining: Make) -> None:

@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import yaml
 from conftest import FINETUNE, MODEL, PRETRAIN, Answer
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from stopping import assert_same, learnt, rows, stop_at, stopped_at
 
 import explora
 from explora.adapt import attach
 from explora.data import Center, Crop, MultiCrop, synthetic
 from explora.engine import Training
+from explora.errors import RunError
 from explora.models import build, load_backbone
 from explora.stages.section import fit_views
 
@@ -63,6 +65,23 @@ def test_a_stopped_pretraining_goes_on_as_if_nothing_had_been(
     assert_same(tmp_path / "whole", tmp_path / "parts")
     assert trained.summary["steps"] == 6
     assert trained.summary["skipped_steps"] == 0
+
+
+def test_other_frozen_weights_in_the_same_file_are_refused(tmp_path: Path, pretraining: Make) -> None:
+    weights = explora.pretrain(pretraining(tmp_path / "source")).backbone
+    right, tensors = weights.read_bytes(), load_file(weights)
+    config = pretraining(tmp_path / "run", model={"weights": str(weights)})
+    whole = explora.pretrain({**config, "out": str(tmp_path / "whole")})
+    stopped_at(5, explora.pretrain, config)
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    tensors["blocks.0.mlp.fc1.weight"][0, 0] += 1e-3
+    save_file(tensors, weights, metadata)
+    with pytest.raises(RunError, match="step-00000004: was trained on other frozen weights than the ones loaded now"):
+        explora.pretrain(config)
+    weights.write_bytes(right)
+    explora.pretrain(config)
+    assert_same(tmp_path / "run", whole.folder)
 
 
 def test_a_stopped_finetuning_goes_on_as_if_nothing_had_been(tmp_path: Path, finetuning: Make) -> None:

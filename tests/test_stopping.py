@@ -166,7 +166,7 @@ def test_a_killed_rank_is_a_clear_stop(
 
 def hanging(number: int, say: Callable[[Any], None]) -> None:
     folder, shards = Path(os.environ["TEST_FOLDER"]), Path(os.environ["TEST_SHARDS"])
-    loop = LOOP.model_copy(update={"hang_minutes": 3 / 60})
+    loop = LOOP.model_copy(update={"hang_minutes": 10 / 60})
     objective = dinov2() if number == 0 else during(dinov2(), 2, the_culprit)
     with joined(torch.device("cpu")), training(folder, shards, objective, loop, DDP) as one:
         say("begins")
@@ -241,3 +241,16 @@ def test_an_interval_far_from_it_is_said_once(
         one.fit()
     assert caplog.text.count(f"save_every: {every} steps of") == said
     assert caplog.text.count("with a stop every 24 h about 6 would lose the least time") == said
+
+
+def test_the_interval_follows_the_allocation(
+    tmp_path: Path, shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a stop comes every few seconds, a copy of a microsecond is worth a checkpoint at each step."""
+    advise = Training._advise
+    monkeypatch.setattr(Training, "_advise", lambda self, *_: advise(self, 1e-6, 1e-6))
+    monkeypatch.setenv("EXPLORA_ALLOCATION_SECONDS", "3.6")
+    caplog.set_level(logging.INFO, "explora")
+    with training(tmp_path, shards["train"], loop=LOOP.model_copy(update={"save_every": 4}), steps=12) as one:
+        one.fit()
+    assert caplog.text.count("with a stop every 0.001 h about 1 would lose the least time") == 1
