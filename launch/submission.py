@@ -8,12 +8,13 @@ from typing import Any
 
 from explora import config as configs
 from explora.config import Config, Overrides
-from explora.errors import DataError, RunError
+from explora.errors import DataError, RunError, WeightsError
 from explora.runs import Run
 from explora.stages.finetune import FinetuneConfig
 from explora.stages.pipeline import RunConfig
 from explora.stages.pretrain import PretrainConfig
 from explora.stages.probe import ProbeConfig
+from explora.stages.section import blueprint, fitted
 from launch import chain, local, profiles, records, slurm
 from launch.chain import Chain
 from launch.profiles import Cluster, Slurm
@@ -109,7 +110,13 @@ def _refuse_other_config(whole: Chain) -> None:
     kind = RunConfig if whole.whole else _ALONE[whole.stages[0]]
     for point in whole.points:
         if (point.out / "config.yaml").is_file():
-            with Run.open(point.out, configs.validate(kind, point.config)):
+            config = configs.validate(kind, point.config)
+            if isinstance(config, PretrainConfig | FinetuneConfig):
+                try:
+                    config = fitted(config, blueprint(config.model).vit)  # as the stage records it
+                except WeightsError:  # a container may see weights that are not here
+                    continue
+            with Run.open(point.out, config):
                 pass
 
 

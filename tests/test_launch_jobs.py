@@ -17,12 +17,9 @@ from typing import Any
 import pytest
 from slurm_fakes import Fakes, slurm
 
+import explora
 import launch
-from explora import config as configs
 from explora.errors import RunError
-from explora.runs import Run
-from explora.stages.pretrain import PretrainConfig
-from explora.stages.probe import ProbeConfig
 from launch import cancelling, records, states, table
 from launch.records import Job
 
@@ -242,14 +239,18 @@ def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrain
 
 
 @pytest.mark.usefixtures("slurm")
-def test_a_finished_stage_of_another_config(tmp_path: Path, pretraining: Make, probing: Make) -> None:
-    for make, kind in (pretraining, PretrainConfig), (probing, ProbeConfig):
-        config = make(tmp_path / kind.__name__)
-        with Run.open(config["out"], configs.load(kind, config)) as run:
-            run.finish({})
-        assert "nothing to submit" in launch.submit(config)
-        with pytest.raises(RunError, match="holds a run of another config:\n  seed: 0 there, 7 now"):
-            launch.submit(config, {"seed": 7})
-    free = {"loop.save_every": 3}
-    assert set(free) <= set(configs.free_keys(configs.load(PretrainConfig, pretraining("x"))))
-    assert "nothing to submit" in launch.submit(pretraining(tmp_path / "PretrainConfig"), free)
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "probe"])
+def test_a_stage_launched_again_in_its_own_folder(
+    tmp_path: Path, request: pytest.FixtureRequest, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a stage records has the views that followed its backbone."""
+    monkeypatch.chdir(tmp_path)
+    config = request.getfixturevalue({"pretrain": "pretraining", "finetune": "finetuning", "probe": "probing"}[verb])(
+        tmp_path / "run"
+    )
+    getattr(explora, verb)(config)
+    assert "all of it has finished" in launch.submit(config)
+    with pytest.raises(RunError, match=r"holds a run of another config:\n  seed: 0 there, 7 now"):
+        launch.submit(config, {"seed": 7})
+    if verb != "probe":
+        assert "all of it has finished" in launch.submit(config, {"loop.save_every": 3})
