@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -17,6 +19,7 @@ from explora.stages.pipeline import STAGES, RunConfig
 from explora.stages.pretrain import PretrainConfig
 from explora.stages.probe import ProbeConfig
 from launch.profiles import TRAINING, Stage
+from launch.records import Job
 
 AnyConfig: TypeAlias = RunConfig | PretrainConfig | FinetuneConfig | ProbeConfig
 _LONGEST = 120
@@ -44,6 +47,18 @@ class Point(NamedTuple):
         if stage == "finetune" and self.roles and not self.tunes:
             return []
         return [self.out / "report.html" if stage == "report" else self.folder(stage) / "summary.json"]
+
+    def job(self, stage: str, **others: Any) -> Job:
+        """The record of a stage that is being submitted; `others` are the fields that hang on where."""
+        return Job(
+            stage=stage,
+            out=str(self.out.absolute()),
+            folder=str(self.folder(stage).absolute()),
+            marks=tuple(str(path.absolute()) for path in self.marks(stage)),
+            host=socket.gethostname(),
+            submitted=time.time(),
+            **others,
+        )
 
     def finished(self, stage: str) -> bool:
         """Whether nothing of a stage is left to do."""
@@ -91,14 +106,14 @@ def plan(source: str | Path | Mapping[str, Any], overrides: Overrides, sweep: Se
         ExploraError: a mistake in the config, as `explora check` finds it, or in the sweep.
     """
     raw = configs.read(source, overrides)
-    kind = _kind(raw)
-    root = Path(_read(kind, raw, source).out)
+    kind = kind_of(raw)
+    root = Path(configs.validate(kind, raw, source).out)
     points, missing, stages = [], {}, set()
     for values in itertools.product(*map(_values, sweep)):
         config = configs.read(raw, [f"{key}={text}" for key, text in values])
         out = root / _name(values) if values else root
         config["out"] = str(out)
-        checked = _read(kind, config, source)
+        checked = configs.validate(kind, config, source)
         _refuse_uneven(checked, ranks)
         missing.update(dict.fromkeys(explora.check(config).partition("before it can run:\n")[2].splitlines()))
         points.append(_point(out, config, checked))
@@ -109,17 +124,13 @@ def plan(source: str | Path | Mapping[str, Any], overrides: Overrides, sweep: Se
     return Chain(root, points, [stage for stage in STAGES if stage in stages], [line.strip() for line in missing])
 
 
-def _kind(raw: Mapping[str, Any]) -> type[AnyConfig]:
+def kind_of(raw: Mapping[str, Any]) -> type[AnyConfig]:
     """The kind of config shows in its keys, as for `explora check`."""
     if "models" in raw:
         return ProbeConfig
     if "data" in raw or "pretrain" in raw:
         return RunConfig
     return FinetuneConfig if "train" in raw else PretrainConfig
-
-
-def _read(kind: type[AnyConfig], raw: Mapping[str, Any], source: object) -> AnyConfig:
-    return configs.validate(kind, raw, source)
 
 
 def _stages(config: AnyConfig) -> tuple[Stage, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -68,19 +67,8 @@ def _task(point: Point, stage: Stage) -> Path:
 
 
 def _job(cluster: str, point: Point, stage: Stage, launcher: Path) -> Job:
-    return Job(
-        id="",
-        stage=stage,
-        kind="local",
-        cluster=cluster,
-        out=str(point.out.absolute()),
-        folder=str(point.folder(stage).absolute()),
-        marks=tuple(str(path.absolute()) for path in point.marks(stage)),
-        log=str(_task(point, stage).with_name("0_log.out")),
-        host=socket.gethostname(),
-        submitted=time.time(),
-        launcher=str(launcher),
-    )
+    log = str(_task(point, stage).with_name("0_log.out"))
+    return point.job(stage, id="", kind="local", cluster=cluster, log=log, launcher=str(launcher))
 
 
 def _started(job: Job, launcher: subprocess.Popen[bytes]) -> Job:

@@ -7,9 +7,7 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import sys
-import time
 from collections.abc import Iterable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -20,7 +18,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from explora.errors import RunError
 from launch import records
-from launch.chain import Chain, Point
+from launch.chain import Chain
 from launch.profiles import Slurm, Stage
 from launch.records import Job
 from launch.states import ask
@@ -83,25 +81,11 @@ def submit(profile: Slurm, cluster: str, chain: Chain) -> list[Job]:
                 path.unlink(missing_ok=True)
             raise RunError(f"SLURM refuses the job of stage '{stage}': {str(error).strip()}{left}") from None
         for point, job in zip(chain.points, queued, strict=True):
-            submitted.append(_record(cluster, point, stage, job))
+            log = str(job.paths.stdout)
+            submitted.append(point.job(stage, id=job.job_id, kind="slurm", cluster=cluster, log=log))
             records.write(submitted[-1])
         after = queued[0].job_id.partition("_")[0]
     return submitted
-
-
-def _record(cluster: str, point: Point, stage: Stage, job: submitit.Job[Any]) -> Job:
-    return Job(
-        id=job.job_id,
-        stage=stage,
-        kind="slurm",
-        cluster=cluster,
-        out=str(point.out.absolute()),
-        folder=str(point.folder(stage).absolute()),
-        marks=tuple(str(path.absolute()) for path in point.marks(stage)),
-        log=str(job.paths.stdout),
-        host=socket.gethostname(),
-        submitted=time.time(),
-    )
 
 
 def _withdraw(jobs: list[Job]) -> str:

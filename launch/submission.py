@@ -7,22 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from explora import config as configs
-from explora.config import Config, Overrides
+from explora.config import Overrides
 from explora.errors import DataError, RunError, WeightsError
 from explora.runs import Run
 from explora.stages.finetune import FinetuneConfig
-from explora.stages.pipeline import RunConfig
 from explora.stages.pretrain import PretrainConfig
-from explora.stages.probe import ProbeConfig
 from explora.stages.section import blueprint, fitted
 from launch import chain, local, profiles, records, slurm
 from launch.chain import Chain
 from launch.profiles import Cluster, Slurm
 from launch.records import Job
 from launch.states import states
-
-_ALONE: dict[str, type[Config]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "probe": ProbeConfig}
-"""Configs of stages that are launched alone."""
 
 
 def submit(
@@ -107,10 +102,9 @@ def _refuse_active(whole: Chain) -> None:
 
 def _refuse_other_config(whole: Chain) -> None:
     """A folder that has a config already says now what is another in this one, as its jobs would say later."""
-    kind = RunConfig if whole.whole else _ALONE[whole.stages[0]]
     for point in whole.points:
         if (point.out / "config.yaml").is_file():
-            config = configs.validate(kind, point.config)
+            config = configs.validate(chain.kind_of(point.config), point.config)
             if isinstance(config, PretrainConfig | FinetuneConfig):
                 try:
                     config = fitted(config, blueprint(config.model).vit)  # as the stage records it
