@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from explora.data.pack import EXTENSIONS, RawSample
+from explora.data.listing import EXTENSIONS, Listing, RawSample
 from explora.errors import DataError
 
 
-def samples(root: str | Path) -> tuple[list[str] | None, Iterator[RawSample]]:
+def samples(root: str | Path, split: str | None = None) -> Listing:
     """Class names (sorted subfolders; None for a flat folder) and the images in sorted order.
+
+    A split is a subfolder of the root.
 
     Raises:
         DataError: the folder is missing, holds no images, or mixes or nests images and folders.
     """
-    root = Path(root)
+    root = Path(root, split or "")
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; expected {root}/<class>/<image> or {root}/<image>")
     files, folders = _listing(root)
@@ -25,17 +26,18 @@ def samples(root: str | Path) -> tuple[list[str] | None, Iterator[RawSample]]:
             f"use either one folder for each class or only images"
         )
     if files:
-        return None, (RawSample(path, -1, path.name) for path in files)
+        return Listing(None, (RawSample(path, name=path.name) for path in files))
     classes = {folder.name: _class_images(folder) for folder in folders}
     if not any(classes.values()):
         raise DataError(
             f"{root}: no images; looked for <class>/<image> and <image> ending in {', '.join(sorted(EXTENSIONS))}"
         )
-    return list(classes), (
-        RawSample(path, label, f"{name}/{path.name}")
+    images = (
+        RawSample(path, label, name=f"{name}/{path.name}")
         for label, (name, paths) in enumerate(classes.items())
         for path in paths
     )
+    return Listing(list(classes), images)
 
 
 def _class_images(folder: Path) -> list[Path]:

@@ -74,8 +74,7 @@ def shards(images: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     """The same, packed; not to be changed."""
     root = tmp_path_factory.mktemp("shards")
     for role, path in images.items():
-        classes, samples = folder.samples(path)
-        pack(samples, root / role, name=role, classes=classes)
+        pack(folder.samples(path), root / role, name=role)
     return {role: root / role for role in images}
 
 

@@ -29,11 +29,11 @@ FLOORS = {
     **dict.fromkeys(["explora.objectives", "explora.evaluation"], 5),
     **dict.fromkeys(["explora.adapt", "explora.data", "explora.distributed", "explora.reporting"], 4),
     "explora.models": 3,
-    **dict.fromkeys(["explora.runs", "explora.config", "explora.schedules"], 2),
+    **dict.fromkeys(["explora.runs", "explora.config", "explora.schedules", "explora.bands"], 2),
     "explora.errors": 1,
 }
-NEIGHBOURS = {("explora.runs", "explora.config")}
-"""The one exception: a run records its config."""
+NEIGHBOURS = {("explora.runs", "explora.config"), ("explora.bands", "explora.config")}
+"""The exceptions: a run records its config, and what bands are is part of one."""
 DOORS = {
     "timm": "explora.models",
     "torchvision": "explora.models",
@@ -41,6 +41,9 @@ DOORS = {
     "webdataset": "explora.data",
     "simplejpeg": "explora.data",
     "PIL": "explora.data",
+    "tifffile": "explora.data",
+    "imagecodecs": "explora.data",
+    "pyarrow": "data_shards",
     "jinja2": "explora.reporting",
     "matplotlib": "explora.reporting",
     "tensorboard": "explora.runs",

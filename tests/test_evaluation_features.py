@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from explora import evaluation
 from explora.config import Config
-from explora.data import Center, Key, RawSample, pack
+from explora.data import Center, Key, Listing, RawSample, pack
 from explora.errors import ConfigError, DataError, RunError
 from explora.evaluation import Features, features
 from explora.models import build
@@ -182,7 +182,7 @@ def test_extract_reads_packed_images_in_order(tmp_path):
         pixels = torch.randint(0, 256, (40, 36, 3), dtype=torch.uint8).numpy()
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
         samples.append(RawSample(path=tmp_path / f"{number}.png", label=number % 2))
-    shards = pack(samples, tmp_path / "shards", name="tiny", classes=["a", "b"])
+    shards = pack(Listing(["a", "b"], samples), tmp_path / "shards", name="tiny")
     vit, view = build("vit_tiny_patch16_224", 32), Center(size=32)
     settings = {"workers": 0, "device": torch.device("cpu"), "precision": "fp32", "weights_hash": "w"}
     found = features.extract(vit, shards, view, blocks=4, batch_size=2, cache_dir=tmp_path, **settings)

@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 
 from data_shards import folder
-from explora.data import RawSample, ShardSet, decode, pack
+from explora.data import Listing, RawSample, ShardSet, decode, pack
 from explora.errors import DataError
 
 SHARED = Path(os.environ.get("EXPLORA_SHARED", "../shared"))
@@ -47,8 +47,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def packed(root: Path, out: Path, **options: int) -> ShardSet:
-    classes, samples = folder.samples(root)
-    return pack(samples, out, name="tiny", classes=classes, **options)
+    return pack(folder.samples(root), out, name="tiny", **options)
 
 
 @WEBDATASET_LEAKS
@@ -172,11 +171,11 @@ def test_pack_refuses_and_leaves_nothing(root: Path, tmp_path: Path, monkeypatch
     broken = tmp_path / "raw/forest/x.jpg"
     broken.write_bytes(b"")
     with pytest.raises(DataError, match="1 images found, none usable"):
-        pack([RawSample(broken)], tmp_path / "out", name="x", classes=None)
+        pack(Listing(None, [RawSample(broken)]), tmp_path / "out", name="x")
     with pytest.raises(DataError, match="nothing to pack"):
-        pack([], tmp_path / "out", name="x", classes=None)
+        pack(Listing(None, []), tmp_path / "out", name="x")
     with pytest.raises(DataError, match="label 0, but there are 0"):
-        pack([RawSample(broken, 0)], tmp_path / "out", name="x", classes=None)
+        pack(Listing(None, [RawSample(broken, 0)]), tmp_path / "out", name="x")
     assert left() == ["raw"]
 
     def full(_: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from explora.data import Center, Crop, Key, MultiCrop, RawSample, ShardSet, Step, Stream, Views, batches, pack
+from explora.data import Center, Crop, Key, Listing, MultiCrop, RawSample, ShardSet, Step, Stream, Views, batches, pack
 from explora.data.stream import order
 from explora.errors import ConfigError, DataError
 
@@ -32,7 +32,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
         pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"{number}.png")
         samples.append(RawSample(root / f"{number}.png", number % 3))
-    return pack(samples, root / "shards", name="tiny", classes=["a", "b", "c"], shard_bytes=8000)
+    return pack(Listing(["a", "b", "c"], samples), root / "shards", name="tiny", shard_bytes=8000)
 
 
 def stream(shards: ShardSet, views: Views = VIEWS, workers: int = 0, **changes: object) -> Stream:
@@ -159,7 +159,7 @@ def test_a_position_of_another_run_is_refused(shards: ShardSet) -> None:
 
 def test_labels_are_required_where_needed(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    plain = pack([RawSample(tmp_path / "a.png")], tmp_path / "out", name="x", classes=None)
+    plain = pack(Listing(None, [RawSample(tmp_path / "a.png")]), tmp_path / "out", name="x")
     with pytest.raises(DataError, match="1 of 1 images have no label"):
         stream(plain, Crop(size=8))
     assert next(batches(plain, Center(size=8), 4, 0))["label"].tolist() == [-1]
@@ -181,7 +181,7 @@ def test_damage_names_shard_and_key(tmp_path: Path, workers: int) -> None:
     file = io.BytesIO()
     Image.new("RGB", (40, 40)).save(file, "JPEG")
     (tmp_path / "a.jpg").write_bytes(file.getvalue())
-    shards = pack([RawSample(tmp_path / "a.jpg")], tmp_path / "out", name="x", classes=None)
+    shards = pack(Listing(None, [RawSample(tmp_path / "a.jpg")]), tmp_path / "out", name="x")
     with (tmp_path / "out/shard-000000.tar").open("rb+") as tar:
         tar.seek(512)
         tar.write(b"\0" * 100)

@@ -4,10 +4,14 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
-from explora.data.index import ShardSet, Skipped, decode
+from explora.data.decode import decode
+from explora.data.index import ShardSet
+from explora.data.intake import Intake
+from explora.data.listing import Listing, RawSample, Recipe
+from explora.data.manifest import Skipped
 from explora.data.masked import MaskedCrop
-from explora.data.pack import SHARD_MB, RawSample, pack
-from explora.data.stream import Position, Step, Stream, batches
+from explora.data.pack import SHARD_MB, pack
+from explora.data.stream import Position, Step, Stream, batches, crops
 from explora.data.views import Center, Crop, Key, MultiCrop, Views
 
 AnyViews: TypeAlias = Annotated[MultiCrop | MaskedCrop | Crop | Center, Field(discriminator="name")]
@@ -17,17 +21,21 @@ __all__ = [
     "AnyViews",
     "Center",
     "Crop",
+    "Intake",
     "Key",
+    "Listing",
     "MaskedCrop",
     "MultiCrop",
     "Position",
     "RawSample",
+    "Recipe",
     "ShardSet",
     "Skipped",
     "Step",
     "Stream",
     "Views",
     "batches",
+    "crops",
     "decode",
     "pack",
 ]

@@ -12,53 +12,26 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from explora.data.index import (
-    INDEX,
-    MANIFEST,
-    ROW,
-    Fingerprint,
-    Manifest,
-    ShardFile,
-    ShardSet,
-    Skipped,
-    decode,
-)
+from explora.data.decode import decode
+from explora.data.index import ShardSet
+from explora.data.listing import EXTENSIONS, Listing, RawSample
+from explora.data.manifest import INDEX, ROW, Manifest, ShardFile, Skipped, digest, fingerprint, write_manifest
 from explora.errors import DataError
 from explora.runs import sync
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 SHARD_MB = 256
 """Size of a shard in MiB, unless one is asked for."""
 
 
-@dataclass(frozen=True)
-class RawSample:
-    """One image on disk, as a recipe in `data_shards/` yields it."""
-
-    path: Path
-    label: int = -1
-    """Number of its class, -1 without one."""
-    name: str = ""
-    """The path to record, relative to the data set; the bare file name when empty."""
-
-    @property
-    def recorded(self) -> str:
-        """What shards and messages call this image."""
-        # File names need not be valid text; a manifest must be.
-        return (self.name or self.path.name).encode(errors="replace").decode()
-
-
 def pack(
-    samples: Iterable[RawSample],
+    listing: Listing,
     out: str | Path,
     *,
     name: str,
-    classes: list[str] | None,
     shard_bytes: int = SHARD_MB * 2**20,
     progress: Callable[[int], None] | None = None,
 ) -> ShardSet:
@@ -76,9 +49,9 @@ def pack(
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
-        with closing(_Writer(partial, shard_bytes, Fingerprint(classes))) as writer:
-            skipped = _write(samples, writer, len(classes or ()), progress)
-            writer.finish(name, classes, skipped)
+        with closing(_Writer(partial, shard_bytes)) as writer:
+            skipped = _write(listing.samples, writer, len(listing.classes or ()), progress)
+            writer.finish(name, listing, skipped)
         os.rename(partial, out)
         sync(out.parent)
     except OSError as error:
@@ -123,14 +96,13 @@ def _checked(path: Path) -> bytes:
 class _Writer:
     """Appends samples to the current tar and starts the next one when it is full."""
 
-    def __init__(self, folder: Path, shard_bytes: int, fingerprint: Fingerprint) -> None:
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
         self.count = 0
         self._folder = folder
         self._shard_bytes = shard_bytes
-        self._fingerprint = fingerprint
         self._shards: list[ShardFile] = []
         self._tables: list[np.ndarray] = []
-        self._rows: list[tuple[int, int, int, int, bytes]] = []
+        self._rows: list[tuple[int, int, int, int, int, int]] = []
         self._tar: tarfile.TarFile | None = None
 
     def add(self, sample: RawSample, blob: bytes) -> None:
@@ -143,27 +115,27 @@ class _Writer:
         if sample.label >= 0:
             _member(self._tar, f"{key}.cls", str(sample.label).encode())
         _member(self._tar, f"{key}.json", json.dumps({"path": sample.recorded}).encode())
-        self._rows.append((len(self._shards), offset, len(blob), sample.label, key.encode()))
-        self._fingerprint.add(sample.label, blob)
+        self._rows.append((offset, digest(blob), len(self._shards), len(blob), sample.label, sample.group))
         self.count += 1
 
-    def finish(self, name: str, classes: list[str] | None, skipped: list[Skipped]) -> None:
+    def finish(self, name: str, listing: Listing, skipped: list[Skipped]) -> None:
         self._close()
         index = self._folder / INDEX
-        np.save(index, np.concatenate(self._tables))
+        rows = np.concatenate(self._tables)
+        np.save(index, rows)
         sync(index)
         manifest = Manifest(
             name=name,
             samples=self.count,
             bytes=sum(shard.bytes for shard in self._shards),
-            classes=classes,
+            classes=listing.classes,
+            groups=listing.groups,
+            pixels=listing.pixels,
             shards=self._shards,
-            fingerprint=self._fingerprint.hexdigest(),
+            fingerprint=fingerprint(listing.classes, listing.pixels, [(rows["label"], rows["digest"])]),
             skipped=skipped,
         )
-        path = self._folder / MANIFEST
-        path.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        sync(path)
+        write_manifest(self._folder, manifest)
         sync(self._folder)
 
     def _shard_path(self) -> Path:

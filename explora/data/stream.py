@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from explora.data.index import ShardSet
+from explora.data.intake import Intake
 from explora.data.views import ORDER, Key, Views
 from explora.errors import ConfigError, DataError
 
@@ -170,6 +171,17 @@ def batches(shards: ShardSet, views: Views, batch_size: int, workers: int) -> It
     return _load(shards, views, tasks, workers)
 
 
+def crops(shards: ShardSet, views: Views, keys: Iterable[Key]) -> dict[str, Tensor]:
+    """The crops of some images, stacked, as a worker makes them.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    intake = Intake(shards.pixels, views)
+    samples = [views.sample(intake(shards.image(key.sample)), key) for key in keys]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
 class _Task(NamedTuple):
     """What a worker needs to make one micro-batch: its images, and its place in the whole step."""
 
@@ -185,10 +197,11 @@ class _Batches(Dataset):
 
     def __init__(self, shards: ShardSet, views: Views) -> None:
         self._shards, self._views = shards, views
+        self._intake = Intake(shards.pixels, views)
 
     def __getitem__(self, task: _Task) -> dict[str, Tensor] | DataError:
         try:
-            samples = [self._views.sample(self._shards.image(key.sample), key) for key in task.keys]
+            samples = [self._views.sample(self._intake(self._shards.image(key.sample)), key) for key in task.keys]
         except DataError as error:
             # Handed over as a value: raised in a worker, its message would be buried in a traceback.
             return error

@@ -13,9 +13,10 @@ from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from explora.bands import RGB, Scaling, canonical
 from explora.config import Config
 from explora.data import photometric
 from explora.data.masks import block_masks
@@ -26,6 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 ORDER = 2**32
 STEP = 2**32 + 1
 
+Rule: TypeAlias = Literal["levels", "sigma", "percentiles"]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Strength: TypeAlias = Annotated[float, Field(ge=0)]
 Range: TypeAlias = tuple[Fraction, Fraction]
@@ -51,6 +53,11 @@ class Key(NamedTuple):
 class Views(Config):
     """How images become a batch; picked in YAML by `name`."""
 
+    bands: tuple[str, ...] = Field(RGB, min_length=1)
+    """Channels in the order that the backbone takes them, by any name in use; those of the backbone when left out."""
+    scaling: Scaling | Rule | None = None
+    """Which values become 0 and 1: `levels` (8-bit images as they are), `sigma` (mean +- 2 std of the shards),
+    `percentiles` (2nd to 98th), or numbers; left out: the backbone's, else `levels` or `sigma`, as the images need."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Channel means of images in [0, 1]; those the backbone was trained with."""
     std: tuple[Strength, ...] = IMAGENET_STD
@@ -66,7 +73,7 @@ class Views(Config):
 
     @abstractmethod
     def sample(self, image: np.ndarray, key: Key) -> dict[str, Tensor]:
-        """One image (H, W, 3) uint8 to crops, uint8, and the parameters `finish` needs, float32."""
+        """One image of levels, uint8 (H, W, C), see `Intake`, to crops, uint8, and parameters for `finish`, float32."""
 
     def step(self, seed: int, first: int, batch: int) -> dict[str, Tensor]:
         """What the `batch` images of a step from global sample number `first` on share, each (batch, ...)."""
@@ -75,6 +82,11 @@ class Views(Config):
     @abstractmethod
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The stacked batch, on any device, to the tensors of `names()`; images become float32."""
+
+    @field_validator("bands")
+    @classmethod
+    def _canonical(cls, bands: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(canonical, bands))
 
     @model_validator(mode="after")
     def _positive_std(self) -> Views:
@@ -283,7 +295,7 @@ def unit(images: Tensor) -> Tensor:
 
 
 def resize(image: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 (H, W, 3) to uint8 (3, height, width): bicubic, antialiased, no float copy of the image."""
+    """uint8 (H, W, C) to uint8 (C, height, width): bicubic, antialiased, no float copy of the image."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     return torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
 
@@ -313,7 +325,7 @@ def crop_box(
 def random_crop(
     image: np.ndarray, rng: np.random.Generator, size: int, scale: Range, flip: float, dihedral: bool
 ) -> Tensor:
-    """A random resized crop, flipped and turned: uint8 (3, size, size)."""
+    """A random resized crop, flipped and turned: uint8 (C, size, size)."""
     top, left, height, width = crop_box(rng, image.shape[0], image.shape[1], scale)
     crop = resize(image[top : top + height, left : left + width], size, size)
     if rng.random() < flip:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from explora.data import SHARD_MB, ShardSet
+from explora.data import SHARD_MB, Recipe, ShardSet
 from explora.data import pack as write_shards
 from explora.errors import DataError
 from explora.stages.training import logger
 
 RECIPES = "explora.recipes"
-"""Entry point group: each recipe is a function root -> (classes or None, iterator of RawSample)."""
+"""Entry point group: each is a `Recipe`."""
 
 _SPLITS = frozenset({"train", "test", "val", "validation"})
 
@@ -33,13 +33,12 @@ def pack(root: str | Path, out: str | Path, recipe: str = "folder", shard_mb: in
     Raises:
         DataError: unknown recipe, missing or empty folder, existing `out`, or no space.
     """
-    classes, samples = recipe_of(recipe)(root)
+    listing = recipe_of(recipe)(Path(root), None)
     with tqdm(unit="img", desc=f"packing {root}", disable=None) as bar:
         shards = write_shards(
-            samples,
+            listing,
             out,
             name=_name(Path(root).resolve()),
-            classes=classes,
             shard_bytes=shard_mb * 2**20,
             progress=bar_at(bar),
         )
@@ -72,7 +71,7 @@ def recipes() -> dict[str, importlib.metadata.EntryPoint]:
     return {point.name: point for point in importlib.metadata.entry_points(group=RECIPES)}
 
 
-def recipe_of(name: str) -> Callable:
+def recipe_of(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
@@ -81,4 +80,5 @@ def recipe_of(name: str) -> Callable:
     known = recipes()
     if name not in known:
         raise DataError(f"no recipe '{name}'; known: {', '.join(sorted(known)) or 'none (install explora with pip)'}")
-    return known[name].load()
+    recipe: Recipe = known[name].load()
+    return recipe

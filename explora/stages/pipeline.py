@@ -134,7 +134,11 @@ def _rehearse(config: RunConfig, shards: Path) -> None:
     for role, origin in config.data.folders().items():
         if (shards / role).exists():
             origin = str(shards / role)
-        classes = ShardSet.open(origin).classes if _packed(origin) else recipe_of(config.data.recipe)(origin)[0]
+        classes = (
+            ShardSet.open(origin).classes
+            if _packed(origin)
+            else recipe_of(config.data.recipe)(Path(origin), None).classes
+        )
         if classes is None and role != "pretrain":
             raise DataError(f"data.{role}: {origin} has no labels; the probe needs one folder per class")
         counts[role] = len(classes or ())
@@ -221,7 +225,7 @@ def _refuse_changed(shards: Path, role: str, origin: str, recipe: str) -> None:
     if shards.is_symlink() or not Path(origin).exists():
         return
     packed = ShardSet.open(shards)
-    before, now = len(packed) + len(packed.skipped), sum(1 for _ in recipe_of(recipe)(origin)[1])
+    before, now = len(packed) + len(packed.skipped), sum(1 for _ in recipe_of(recipe)(Path(origin), None).samples)
     if now != before:
         raise DataError(
             f"data.{role}: {origin} has changed since its images were packed: {now} images now, {before} then; "

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 
 from explora import config as configs
 from explora.adapt import AnyMethod, ExPLoRA, adapt
 from explora.config import Overrides
-from explora.data import Center, Key, MaskedCrop, MultiCrop, ShardSet
+from explora.data import Center, Key, MaskedCrop, MultiCrop, ShardSet, crops
 from explora.distributed import autocast, on_first
 from explora.engine import Monitor, MonitorConfig
 from explora.errors import ConfigError
@@ -146,8 +145,7 @@ def _monitor(config: PretrainConfig, objective: Objective, on_best: Callable[[],
 def _show(folder: Path, objective: Objective, config: PretrainConfig, shards: ShardSet) -> None:
     """Leave the pictures of an objective that has some: uint8 (n, H, W, C) by name, of images all over the set."""
     chosen = np.linspace(0, len(shards) - 1, min(_PICTURES, len(shards)), dtype=int).tolist()
-    samples = [config.views.sample(shards.image(index), Key(config.seed, 0, index)) for index in chosen]
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    batch = crops(shards, config.views, [Key(config.seed, 0, index) for index in chosen])
     device = next(objective.parameters()).device
     batch = {name: value.to(device) for name, value in (batch | config.views.step(config.seed, 0, len(chosen))).items()}
     with autocast(device, config.loop.precision):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from explora import config as configs
 from explora.config import Config, Overrides
-from explora.data import Center, Key, ShardSet, batches
+from explora.data import Center, Key, ShardSet, batches, crops
 from explora.distributed import Precision, autocast, device_of, precision_on
 from explora.errors import DataError, WeightsError
 from explora.evaluation import (
@@ -174,7 +174,6 @@ def judge(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
         return rows
 
 
-_NO_KEY = Key(0, 0, 0)  # the centre view draws nothing
 SETS = ("train", "test", "source_train", "source_test")
 
 
@@ -258,8 +257,7 @@ class _Probed:
         if count == 0:
             return {}
         chosen = np.linspace(0, len(shards) - 1, count).round().astype(int)
-        keys = [self.view.sample(shards.image(int(i)), _NO_KEY)["image"] for i in chosen]
-        pixels = torch.stack(keys)
+        pixels = crops(shards, self.view, [Key(0, 0, int(i)) for i in chosen])["image"]
         batch = self.view.finish({"image": pixels.to(self.device)})
         patches = self.vit.features(batch["image"]).patches.cpu()
         colours = pca_pictures(patches, like)
