@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from data_shards.layout import Samples, chosen, entries, existing
 from explora.data.listing import EXTENSIONS, Listing, RawSample
 from explora.errors import DataError
 
@@ -14,44 +16,44 @@ def samples(root: str | Path, split: str | None = None) -> Listing:
     A split is a subfolder of the root.
 
     Raises:
-        DataError: the folder is missing, holds no images, or mixes or nests images and folders.
+        DataError: the folder or the split is missing, holds no images, or mixes or nests images and folders.
     """
-    root = Path(root, split or "")
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; expected {root}/<class>/<image> or {root}/<image>")
-    files, folders = _listing(root)
-    if files and folders:
+    root = existing(root, "<class>/<image> or <image>")
+    if split is not None:
+        root /= chosen(split, entries(root)[1], root)[0]
+    files, classes = _images(root)
+    if files and classes:
         raise DataError(
-            f"{root}: images ({files[0].name}, ...) and folders ({folders[0].name}, ...) side by side; "
+            f"{root}: images ({files[0]}, ...) and folders ({classes[0]}, ...) side by side; "
             f"use either one folder for each class or only images"
         )
     if files:
-        return Listing(None, (RawSample(path, name=path.name) for path in files))
-    classes = {folder.name: _class_images(folder) for folder in folders}
-    if not any(classes.values()):
+        return Listing(None, Samples(lambda: (RawSample(root / file, name=file) for file in _images(root)[0])))
+    if sum(_count(root / name) for name in classes) == 0:
         raise DataError(
             f"{root}: no images; looked for <class>/<image> and <image> ending in {', '.join(sorted(EXTENSIONS))}"
         )
-    images = (
-        RawSample(path, label, name=f"{name}/{path.name}")
-        for label, (name, paths) in enumerate(classes.items())
-        for path in paths
-    )
-    return Listing(list(classes), images)
+    return Listing(classes, Samples(lambda: _labelled(root, classes)))
 
 
-def _class_images(folder: Path) -> list[Path]:
-    files, folders = _listing(folder)
+def _labelled(root: Path, classes: list[str]) -> Iterator[RawSample]:
+    for label, name in enumerate(classes):
+        for file in _images(root / name)[0]:
+            yield RawSample(root / name / file, label, name=f"{name}/{file}")
+
+
+def _count(folder: Path) -> int:
+    """Images of a class."""
+    files, folders = _images(folder)
     if folders:
         raise DataError(
-            f"{folder}: contains the folder {folders[0].name}, but a class folder holds images only; "
+            f"{folder}: contains the folder {folders[0]}, but a class folder holds images only; "
             f"expected <root>/<class>/<image>: perhaps {folder} itself is the root?"
         )
-    return files
+    return len(files)
 
 
-def _listing(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Image files and subfolders, each sorted by name."""
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
-    files = [path for path in entries if path.suffix.lower() in EXTENSIONS and path.is_file()]
-    return files, [path for path in entries if path.is_dir()]
+def _images(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of image files and of subfolders, each sorted."""
+    files, folders = entries(folder)
+    return [name for name in files if Path(name).suffix.lower() in EXTENSIONS], folders

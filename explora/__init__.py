@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from explora.stages.pipeline import report, run
     from explora.stages.pretrain import pretrain
     from explora.stages.probe import probe
+    from explora.stages.shards import index, stats, verify
 
 _HOMES = {
     "explora.stages.check": ("check",),
@@ -31,6 +32,7 @@ _HOMES = {
     "explora.stages.pipeline": ("report", "run"),
     "explora.stages.pretrain": ("pretrain",),
     "explora.stages.probe": ("probe",),
+    "explora.stages.shards": ("index", "stats", "verify"),
     "explora.adapt": ("ExPLoRA", "Frozen", "Full", "LoRA"),
     "explora.evaluation": ("KNN", "FewShot", "Linear", "LogisticRegression"),
     "explora.models": ("load_backbone",),

@@ -23,6 +23,13 @@ app = typer.Typer(
 INTERRUPTED = 130
 """Exit code that typer makes of Ctrl-C."""
 ConfigFile = Annotated[str, typer.Argument(help="YAML config", metavar="CONFIG")]
+ShardFolder = Annotated[str, typer.Argument(help="folder of packed shards", metavar="SHARDS")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="processes; 0 uses this one alone, as many as cores unless given")
+]
+PixelFile = Annotated[
+    str | None, typer.Option(help="YAML that says what stored values mean: bands, dtype, unit, scale", metavar="FILE")
+]
 Changes = Annotated[list[str] | None, typer.Argument(help="overrides: optim.lr=1e-4", metavar="KEY=VALUE")]
 
 
@@ -45,14 +52,49 @@ def run(
 @app.command()
 def pack(
     root: Annotated[
-        str, typer.Argument(help="folder of images: <class>/<file>, or <file> without labels", metavar="FOLDER")
+        str, typer.Argument(help="where the data set lies: <class>/<file>, or what the recipe knows", metavar="ROOT")
     ],
-    out: Annotated[str, typer.Argument(help="new folder for the shards", metavar="OUT")],
+    out: Annotated[
+        str | None, typer.Argument(help="new folder; shards/<name> unless given", metavar="OUT", show_default=False)
+    ] = None,
     recipe: Annotated[str, typer.Option(help="how the data set is laid out")] = "folder",
+    split: Annotated[str | None, typer.Option(help="train, val, test, ...; all unless given")] = None,
+    name: Annotated[str | None, typer.Option(help="what to call the data; its folder or recipe unless given")] = None,
     shard_mb: Annotated[int, typer.Option(min=1, help="size of a shard in MiB")] = 256,
+    workers: Workers = None,
+    against: Annotated[
+        list[str], typer.Option(help="shards that should share no image with these; may be repeated", metavar="DIR")
+    ] = (),  # type: ignore[assignment]
+    pixels: PixelFile = None,
 ) -> None:
-    """Pack images into WebDataset shards with a manifest and an offset index."""
-    explora.pack(root, out, recipe, shard_mb)
+    """Pack images into WebDataset shards with a manifest and an offset index; again after a kill goes on."""
+    explora.pack(root, out, recipe, split, name, shard_mb, workers, against, pixels)
+
+
+@app.command()
+def index(
+    folder: Annotated[str, typer.Argument(help="folder of WebDataset tars", metavar="FOLDER")],
+    name: Annotated[str | None, typer.Option(help="what to call the data; its folder unless given")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="text file, a class name to a line; classes.txt or numbers unless given")
+    ] = None,
+    workers: Workers = None,
+    pixels: PixelFile = None,
+) -> None:
+    """Adopt other people's WebDataset tars in place: adds an index and a manifest, changes no tar."""
+    explora.index(folder, name, classes, workers, pixels)
+
+
+@app.command()
+def stats(folder: ShardFolder, workers: Workers = None) -> None:
+    """Compute the statistics of packed shards again, print and record them."""
+    explora.stats(folder, workers)
+
+
+@app.command()
+def verify(folder: ShardFolder, workers: Workers = None) -> None:
+    """Compare every file and every image of packed shards with what was packed."""
+    explora.verify(folder, workers)
 
 
 @app.command()

@@ -102,7 +102,7 @@ def encoded(vit: ViT, batch: Tensor) -> tuple[Tensor, Tensor]:
 def follow(out: Path, source: Path | None = None) -> dict[str, Any]:
     """Run the code on the card of an export as a reader would; returns its variables.
 
-    Random pixels stand where the card says "your images".
+    Random pixels, or values in [0, 1), stand where the card says "your images".
     """
     text = (out / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
@@ -111,6 +111,10 @@ def follow(out: Path, source: Path | None = None) -> dict[str, Any]:
     program = code[1].replace('folder = "."', f"folder = {str(out)!r}")
     drawn = r"torch.randint(256, (\1), dtype=torch.uint8)"
     program = re.sub(r"torch\.zeros\((.*?), dtype=torch\.uint8\)", drawn, program)
+    program = re.sub(r"torch\.zeros\((.*?), dtype=torch\.float32\)", r"torch.rand(\1)", program)
+    program = re.sub(
+        r"np\.zeros\((\(.*?\)), dtype=np\.float32", r"np.random.default_rng(7).random(\1, np.float32", program
+    )
     program = re.sub(r"np\.zeros\((\(.*?\)), dtype", r"np.random.default_rng(7).integers(256, size=\1, dtype", program)
     if source is not None:
         program = re.sub(r"^source = .*$", f"source = {str(source)!r}", program, flags=re.MULTILINE)

@@ -39,6 +39,7 @@ DOORS = {
     "torchvision": "explora.models",
     "xformers": "explora.models",
     "webdataset": "explora.data",
+    "braceexpand": "explora.data",
     "simplejpeg": "explora.data",
     "PIL": "explora.data",
     "tifffile": "explora.data",

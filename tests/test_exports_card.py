@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from stage_folder import stage, tiny
+from stage_folder import KINDS, SIZE, stage, tiny
 
 import explora
 from explora.adapt import ExPLoRA, LoRA
 from explora.data import ShardSet
-from explora.models import ViT
+from explora.models import ViT, build
 from explora.models.export import save_backbone
 from explora.models.exports import FORMATS
 from explora.models.weights import Source
@@ -106,7 +106,12 @@ def test_a_weights_file_alone_has_a_card_too(tmp_path: Path) -> None:
     _, text = card(explora.export(tmp_path / "x.safetensors", tmp_path / "out"))
     assert "What it was trained on is not known here" in text
     assert "this comes from a weights file without its run" in text
-    assert "| bands | 3 channels, in the order of the training images; bands are not recorded |" in text
+    assert "| bands | red, green, blue |" in text
+    name, options = KINDS["plain"]
+    save_backbone(tmp_path / "y.safetensors", build(name, SIZE, {**options, "in_chans": 4}))
+    _, text = card(explora.export(tmp_path / "y.safetensors", tmp_path / "of_y"))
+    assert "| bands | 4 channels, in the order of the training images; bands are not recorded |" in text
+    assert "| units | minus mean, divided by std |" in text
 
 
 def test_the_monitors_best_keeps_the_recipe_of_its_run(tmp_path: Path) -> None:

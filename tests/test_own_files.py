@@ -101,6 +101,12 @@ def test_older_files_know_neither_mean_nor_source(kind: str, tmp_path: Path) -> 
         {"mean": None},
         {"std": [0.1, 0.2, 0.0]},
         {"std": None},
+        {"bands": []},
+        {"bands": ["B04", "B03"]},
+        {"bands": ["red", "B04", "B02"]},
+        {"scaling": {"unit": "reflectance", "low": [0], "high": [1]}},
+        {"scaling": {"unit": "light", "low": [0, 0, 0], "high": [1, 1, 1]}},
+        {"mean": None, "std": None, "bands": ["B04", "B03"]},
         {"colour": "red"},
     ],
 )

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -238,7 +239,7 @@ def test_open_and_verify_find_damage(root: Path, tmp_path: Path) -> None:
     shards = ShardSet.open(broken(flip))
     with pytest.raises(DataError, match="content has changed"):
         shards.verify()
-    with pytest.raises(DataError, match=r"shard-000000\.tar: image 000000000: not a whole"):
+    with pytest.raises(DataError, match=r"shard-000000\.tar: image 0 \(000000000\.jpg\): not a whole"):
         shards.image(0)
 
     def relabel(at: Path) -> None:
@@ -250,16 +251,71 @@ def test_open_and_verify_find_damage(root: Path, tmp_path: Path) -> None:
         ShardSet.open(broken(relabel)).verify()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_verify_names_all_that_is_damaged(root: Path, tmp_path: Path, workers: int) -> None:
+    shards = packed(root, tmp_path / "out", shard_bytes=1)
+    seen: list[tuple[int, int]] = []
+    shards.verify(workers=workers, progress=lambda *now: seen.append(now))
+    assert seen[0] == (0, 7)
+    assert seen[-1] == (7, 7)
+    names = [tmp_path / "out" / shard.file for shard in shards.manifest.shards]
+    names[0].unlink()
+    os.truncate(names[1], 2000)
+    for name in names[2:5]:
+        with name.open("rb+") as file:
+            file.seek(600)
+            file.write(b"\0\0\0\0")
+    with pytest.raises(DataError) as found:
+        ShardSet.trusted(tmp_path / "out").verify(workers=workers)
+    lines = str(found.value).splitlines()
+    assert lines[0].endswith("damaged, 8 fault(s); pack the images again")
+    assert [line.strip().partition(":")[0] for line in lines[1:]] == [str(names[at]) for at in (0, 1, 2, 2, 3, 3, 4, 4)]
+    for name in names[2:]:
+        name.unlink()
+    with shown(3), pytest.raises(DataError, match=r"7 fault\(s\)(?s:.*)\n  and 4 more$") as found:
+        ShardSet.trusted(tmp_path / "out").verify(workers=workers)
+    assert len(str(found.value).splitlines()) == 5
+
+
+@contextlib.contextmanager
+def shown(count: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("explora.data.index.SHOWN", count)
+        yield
+
+
 def test_survives_pickle_and_fork(root: Path, tmp_path: Path) -> None:
     shards = packed(root, tmp_path / "out")
     expected = shards.read(0)
-    assert pickle.loads(pickle.dumps(shards)).read(0) == expected
+    blob = pickle.dumps(shards)
+    assert len(blob) < 1000
+    assert pickle.loads(blob).read(0) == expected
     child = os.fork()
     if child == 0:
         os._exit(0 if shards.read(0) == expected else 1)
     assert os.waitpid(child, 0)[1] == 0
     shards.close()
     assert shards.read(0) == expected
+
+
+def test_few_files_are_open_at_a_time(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where several threads read: none may meet a descriptor that another has closed and opened again."""
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    packed(root, tmp_path / "out", shard_bytes=1)
+    monkeypatch.setattr("explora.data.index.OPEN", 2)
+    shards = ShardSet.open(tmp_path / "out")
+    before = descriptors()
+    expected = [shards.read(index) for index in range(7)]
+    assert descriptors() <= before + 2
+    order = np.random.default_rng(0).integers(0, 7, 2000).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(shards.read, order)) == [expected[index] for index in order]
+    assert descriptors() <= before + 2
+    shards.close()
+    assert descriptors() == before
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="EXPLORA_SHARED has no real images here")

@@ -1,7 +1,6 @@
 """The order of samples: the same on any number of workers, micro-batches, and after any stop."""
 
-import io
-import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -11,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from light_shards import Pixels, Says
 from PIL import Image
 
 from explora.data import Center, Crop, Key, Listing, MultiCrop, RawSample, ShardSet, Step, Stream, Views, batches, pack
-from explora.data.stream import order
+from explora.data.order import Epochs, Order
 from explora.errors import ConfigError, DataError
 
 # A machine with one core is enough for these tests, however torch warns of it.
@@ -49,28 +49,21 @@ def assert_same(left: list[Step], right: list[Step]) -> None:
             assert all(torch.equal(batch[key], twin[key]) for key in batch)
 
 
-def test_order_is_a_permutation_for_each_epoch_and_seed() -> None:
-    orders = [order(N, seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
-    assert all(sorted(one) == list(range(N)) for one in orders)
-    assert len({one.tobytes() for one in orders}) == 6
-
-
 def test_each_image_once_an_epoch_and_batches_run_across(shards: ShardSet) -> None:
     exact = Crop(size=8)
     steps = list(stream(shards, exact, batch_size=N).steps(2))
     for step in steps:
         assert Counter(step.micro_batches[0]["label"].tolist()) == Counter(shards.labels.tolist())
     labels = [step.micro_batches[0]["label"] for step in stream(shards, exact, batch_size=25).steps(2)]
-    places = itertools.chain(*(order(N, 7, epoch) for epoch in range(5)))
-    assert torch.cat(labels).tolist() == [int(shards.labels[at]) for at in list(places)[:50]]
+    epochs = Epochs(Order(), N, 7)
+    assert torch.cat(labels).tolist() == [int(shards.labels[epochs[place][1]]) for place in range(50)]
 
 
 def test_a_batch_is_the_naive_one(shards: ShardSet) -> None:
     step = list(stream(shards).steps(3))[2]
-    batch = step.micro_batches[0]
+    batch, epochs = step.micro_batches[0], Epochs(Order(), N, 7)
     for place, number in enumerate(range(8, 12)):
-        epoch, at = divmod(number, N)
-        index = int(order(N, 7, epoch)[at])
+        epoch, index = epochs[number]
         expected = VIEWS.sample(shards.image(index), Key(7, epoch, index))
         assert all(torch.equal(batch[key][place], expected[key]) for key in expected)
     assert torch.equal(batch["mask"], VIEWS.step(7, 8, 4)["mask"])
@@ -89,7 +82,7 @@ def test_resume_at_any_step(shards: ShardSet) -> None:
             if step.index == stop - 1:
                 break
         position = first.state_dict()
-        assert position["samples"] == stop * 4
+        assert (position["epoch"], position["samples"]) == divmod(stop * 4, N)
         assert_same(whole[stop:], list(stream(shards, position=position).steps(7)))
     again = stream(shards)
     assert_same(whole, [*again.steps(2), *again.steps(2), *again.steps(7)])
@@ -110,7 +103,7 @@ def test_ranks_have_the_slices_of_every_step(shards: ShardSet, ranks: int, micro
     """Any number of ranks sees the same images, crops and masks in the same order, after a stop on another too."""
     whole = list(stream(shards).steps(5))
     position = stream(shards).state_dict() | {"samples": 2 * 4}
-    cut = {"ranks": ranks, "micro_batches": micro_batches}
+    cut: dict = {"ranks": ranks, "micro_batches": micro_batches}
     streams = [stream(shards, rank=rank, position=position, **cut) for rank in range(ranks)]
     for one, *parts in zip(whole[2:], *(each.steps(5) for each in streams), strict=True):
         assert {part.index for part in parts} == {one.index}
@@ -122,6 +115,8 @@ def test_ranks_have_the_slices_of_every_step(shards: ShardSet, ranks: int, micro
 def test_a_batch_that_ranks_cannot_share_is_refused(shards: ShardSet) -> None:
     with pytest.raises(ConfigError, match="into 2 equal micro-batches on each of 3 ranks; choose a multiple of 6"):
         stream(shards, micro_batches=2, rank=0, ranks=3)
+    with pytest.raises(ConfigError, match=r"batch_size 64 .* on each of 3 ranks; choose a multiple of 3"):
+        stream(Pixels(1), batch_size=64, rank=0, ranks=3)
 
 
 def test_workers_outlive_the_signals_of_a_cluster(shards: ShardSet) -> None:
@@ -147,12 +142,15 @@ def test_a_position_of_another_run_is_refused(shards: ShardSet) -> None:
     for changes, words in (
         ({"seed": 8}, "seed: saved 7, now 8"),
         ({"batch_size": 8}, "batch size: saved 4, now 8"),
+        ({"order": Order(block=4)}, "order: saved blocks 64 x 128, now blocks 4 x 128"),
         ({"seed": 8, "batch_size": 8}, "seed: .*\n.*batch size"),
     ):
         with pytest.raises(DataError, match=words):
             stream(shards, position=position, **changes)
     with pytest.raises(DataError, match="fingerprint"):
         stream(shards, position={**position, "fingerprint": "other"})
+    with pytest.raises(DataError, match="order: saved None"):
+        stream(shards, position={"fingerprint": shards.fingerprint, "seed": 7, "samples": 8, "batch_size": 4})
     with pytest.raises(ConfigError, match="multiple of 3"):
         stream(shards, micro_batches=3)
 
@@ -176,14 +174,40 @@ def test_evaluation_batches_in_order(shards: ShardSet) -> None:
         torch.testing.assert_close(image[9:10], alone["image"])
 
 
+@pytest.mark.parametrize(("n", "ranks"), [(1, 3), (2, 3), (5, 1), (40, 8)])
+def test_a_set_smaller_than_a_batch_goes_on_without_a_seam(
+    n: int, ranks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    few, epochs = Pixels(n, "few"), Epochs(Order(), n, 7)
+    with caplog.at_level(logging.WARNING, "explora"):
+        streams = [stream(few, Says(), rank=rank, ranks=ranks, batch_size=96) for rank in range(ranks)]
+    words = f"/nowhere/few: {n} images, of which a batch takes 96"
+    assert [record.message.startswith(words) for record in caplog.records] == [True] * ranks
+    for first, parts in zip((0, 96), zip(*(each.steps(2) for each in streams), strict=True), strict=True):
+        said = torch.cat([part.micro_batches[0]["said"] for part in parts]).tolist()
+        assert said == [[epochs[place][1], 7, *epochs[place]] for place in range(first, first + 96)]
+
+
+def test_unlabelled_tasks_read_no_row_of_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = Pixels(100_000)
+    monkeypatch.setattr(type(many), "labels", property(lambda _: pytest.fail("read")))
+    said = next(stream(many, Says()).steps(1)).micro_batches[0]["said"]
+    assert said[:, 2].tolist() == [0] * 4
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damage_names_shard_and_key(tmp_path: Path, workers: int) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (40, 40)).save(file, "JPEG")
-    (tmp_path / "a.jpg").write_bytes(file.getvalue())
-    shards = pack(Listing(None, [RawSample(tmp_path / "a.jpg")]), tmp_path / "out", name="x")
+def test_damage_of_all_names_shard_and_image(tmp_path: Path, workers: int) -> None:
+    for number in range(3):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    listing = Listing(None, [RawSample(tmp_path / f"{number}.png") for number in range(3)])
+    packed = pack(listing, tmp_path / "out", name="x")
     with (tmp_path / "out/shard-000000.tar").open("rb+") as tar:
-        tar.seek(512)
-        tar.write(b"\0" * 100)
-    with pytest.raises(DataError, match=r"^\S+shard-000000\.tar: image 000000000: not a whole"):
-        next(stream(shards, workers=workers).steps(1))
+        for offset in packed.index["offset"].tolist():
+            tar.seek(offset)
+            tar.write(b"\0" * 40)
+    third = stream(packed, order=Order(shuffle="none"), batch_size=1).state_dict() | {"samples": 2}
+    words = r"^\S+shard-000000\.tar: image 2 \(.*not a whole.* again; nor can the 2 images after it$"
+    with pytest.raises(DataError, match=words):
+        list(stream(packed, workers=workers, order=Order(shuffle="none"), batch_size=1, position=third).steps(9))
+    with pytest.raises(DataError, match=r"image 0 \(.*not a whole.* again$"):
+        next(batches(packed, Center(size=8), 1, workers))

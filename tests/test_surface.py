@@ -11,7 +11,9 @@ import pytest
 import explora
 from explora import cli
 
-VERBS = ["check", "demo", "export", "finetune", "pack", "pretrain", "probe", "report", "run"]
+VERBS = [
+    *("check", "demo", "export", "finetune", "index", "pack", "pretrain", "probe", "report", "run", "stats", "verify"),
+]
 LAUNCHED = ["cancel", "jobs", "launch"]
 """Verbs of the package `launch`, found through its entry points."""
 

@@ -47,3 +47,4 @@ def attach(vit: ViT, path: str | Path) -> None:
     load_adapter(path, adapted, recorded)
     method.merge(adapted)
     vit.load_state_dict(adapted.state_dict())
+    vit.mean, vit.std, vit.scaling = adapted.mean, adapted.std, adapted.scaling

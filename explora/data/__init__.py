@@ -5,19 +5,25 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from explora.data.decode import decode
-from explora.data.index import ShardSet
-from explora.data.intake import Intake
+from explora.data.index import ShardSet, overlap
+from explora.data.intake import Intake, normalisation, refuse_strange, settle, whole_range
 from explora.data.listing import Listing, RawSample, Recipe
 from explora.data.manifest import Skipped
 from explora.data.masked import MaskedCrop
+from explora.data.mixture import Mixture
+from explora.data.order import Order
 from explora.data.pack import SHARD_MB, pack
+from explora.data.remote import RemoteConfig, RemoteSet, RemoteStream, remote
+from explora.data.staging import stage
 from explora.data.stream import Position, Step, Stream, batches, crops
 from explora.data.views import Center, Crop, Key, MultiCrop, Views
 
 AnyViews: TypeAlias = Annotated[MultiCrop | MaskedCrop | Crop | Center, Field(discriminator="name")]
+AnyStream: TypeAlias = Stream | RemoteStream
 
 __all__ = [
     "SHARD_MB",
+    "AnyStream",
     "AnyViews",
     "Center",
     "Crop",
@@ -25,10 +31,15 @@ __all__ = [
     "Key",
     "Listing",
     "MaskedCrop",
+    "Mixture",
     "MultiCrop",
+    "Order",
     "Position",
     "RawSample",
     "Recipe",
+    "RemoteConfig",
+    "RemoteSet",
+    "RemoteStream",
     "ShardSet",
     "Skipped",
     "Step",
@@ -37,5 +48,12 @@ __all__ = [
     "batches",
     "crops",
     "decode",
+    "normalisation",
+    "overlap",
     "pack",
+    "refuse_strange",
+    "remote",
+    "settle",
+    "stage",
+    "whole_range",
 ]

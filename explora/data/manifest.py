@@ -30,7 +30,7 @@ little-endian number, its class and its group (-1: none)."""
 class ShardFile(Config):
     """One tar file as the manifest lists it."""
 
-    file: str = Field(pattern=r"^[^/\\\x00]+$")
+    file: str = Field(pattern=r"^[^/\\\x00]+\.tar$")
     """Name inside the shards' folder."""
     samples: int = Field(ge=1)
     """Images in this file."""
@@ -82,7 +82,9 @@ class Manifest(Config):
     fingerprint: str
     """See `fingerprint`."""
     skipped: list[Skipped] = Field(default_factory=list)
-    """Inputs that were left out."""
+    """Inputs that were left out, the first 10,000."""
+    left_out: int = Field(0, ge=0)
+    """How many these were in all."""
     duplicates: int = Field(0, ge=0)
     """Images whose bytes an earlier image has, too."""
     overlaps: dict[str, int] = Field(default_factory=dict)

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from explora.data.views import STEP, Fraction, Key, Range, Size, Views, check_range, random_crop, unit
+from explora.data.geometry import RandomCrop
+from explora.data.views import STEP, Fraction, Key, Range, Size, Views, check_range, unit
 
 
 class MaskedCrop(Views):
@@ -47,8 +48,12 @@ class MaskedCrop(Views):
     def sides(self) -> tuple[int, ...]:
         return (self.size,)
 
+    def enough(self) -> int:
+        return self._crop.enough()
+
     def sample(self, image: np.ndarray, key: Key) -> dict[str, Tensor]:
-        return {"image": random_crop(image, key.rng(0), self.size, self.scale, self.flip, self.dihedral)}
+        (numbers,) = key.numbers(1)
+        return {"image": self._crop.cut(image, numbers).contiguous()}
 
     def step(self, seed: int, first: int, batch: int) -> dict[str, Tensor]:
         """`noise` (batch, groups * N), uniform in [0, 1): the objective keeps the tokens with the least of it."""
@@ -58,3 +63,7 @@ class MaskedCrop(Views):
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch | {"image": self.normalise(unit(batch["image"]))}
+
+    @property
+    def _crop(self) -> RandomCrop:
+        return RandomCrop(self.size, self.scale, self.flip, self.dihedral)

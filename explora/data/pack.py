@@ -1,30 +1,50 @@
-"""Writes images into tar shards, all or nothing; every image is decoded once as a check."""
+"""Packs a listing into shards: on many processes, all or nothing, and on from where a kill came."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
-import io
 import json
+import logging
 import os
-import secrets
+import platform
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Final, NamedTuple
 
-import numpy as np
-
-from explora.data.decode import decode
+from explora.data.crew import Progress, work
 from explora.data.index import ShardSet
-from explora.data.listing import EXTENSIONS, Listing, RawSample
-from explora.data.manifest import INDEX, ROW, Manifest, ShardFile, Skipped, digest, fingerprint, write_manifest
+from explora.data.listing import Listing, RawSample
+from explora.data.parts import Part, announce, bind, replacing
+from explora.data.writer import SAMPLES, WHOLE, Job, to_line, write_shard
 from explora.errors import DataError
 from explora.runs import sync
 
-SHARD_MB = 256
+SHARD_MB: Final = 256
 """Size of a shard in MiB, unless one is asked for."""
+PLAN: Final = "plan.json"
+"""In the work folder: what its shards were written from."""
+LAYOUT: Final = 1
+"""Raised when shards are written in another way, so that no set is made of both."""
+LISTED_EVERY: Final = 10_000
+"""Images of the listing between two reports on how many there are so far."""
+
+logger = logging.getLogger("explora")
+
+
+class Span(NamedTuple):
+    """The images of one shard."""
+
+    start: int
+    """Byte of the samples' file where the first one stands."""
+    first: int
+    """Its number in the listing."""
+    images: int
+    """How many there are."""
 
 
 def pack(
@@ -33,143 +53,188 @@ def pack(
     *,
     name: str,
     shard_bytes: int = SHARD_MB * 2**20,
-    progress: Callable[[int], None] | None = None,
+    workers: int | None = 0,
+    against: Sequence[ShardSet] = (),
+    progress: Progress | None = None,
 ) -> ShardSet:
     """Write plain WebDataset tars, `index.npy` and `manifest.json` into the new folder `out`.
 
-    Original bytes are kept. Images that do not decode are left out and listed as `skipped`. The same input
-    gives the same bytes. `progress` is called with the number of images seen so far.
+    Original bytes are kept, but for parts that are cut out of images. Images that do not decode are left out and
+    listed as `skipped`. Which image goes into which shard is settled by the sizes of the files, so the same input gives
+    the same bytes, on any number of workers. Until all is done the work is in `.{out}.partial` beside `out`; with the
+    same input and settings it goes on from the shards that are whole there.
+
+    Args:
+        shard_bytes: size of a shard, which only a single image may exceed; a part that is cut out counts as its file.
+        workers: processes; 0 works in this one, None takes as many as there are cores for this process.
+        against: sets that should have no image in common with this one; what they have is counted and logged.
 
     Raises:
-        DataError: `out` exists, no image is usable, a label has no class, or the disk is full.
+        DataError: `out` exists, or is being packed; a leftover of another packing is in the way; no image is usable; a
+            label has no class; the disk is full.
+        RunError: a worker was killed.
     """
     out = Path(out)
-    if out.exists():
-        raise DataError(f"{out}: already exists; remove it or choose another folder")
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    folder = out.with_name(f".{out.name}.partial")
     try:
-        partial.mkdir(parents=True)
-        with closing(_Writer(partial, shard_bytes)) as writer:
-            skipped = _write(listing.samples, writer, len(listing.classes or ()), progress)
-            writer.finish(name, listing, skipped)
-        os.rename(partial, out)
-        sync(out.parent)
+        _refuse(out)
+        (folder / WHOLE).mkdir(parents=True, exist_ok=True)
+        with _held(folder, out), _kept_if_worth_it(folder):
+            _refuse(out)
+            jobs = _jobs(listing, folder, name, shard_bytes, progress)
+            _write(jobs, workers, progress)
+            bind(folder / WHOLE, (Part.load(job.record) for job in jobs), listing, name, against)
+            sync(folder / WHOLE)
+            os.rename(folder / WHOLE, out)
+            sync(out.parent)
     except OSError as error:
         raise _unwritable(out, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return ShardSet.open(out)
+    shards = ShardSet.open(out)
+    announce(shards, against)
+    return shards
 
 
-def _write(
-    samples: Iterable[RawSample], writer: _Writer, classes: int, progress: Callable[[int], None] | None
-) -> list[Skipped]:
-    skipped = []
-    for seen, sample in enumerate(samples, 1):
-        if not -1 <= sample.label < classes:
-            raise DataError(f"{sample.path}: label {sample.label}, but there are {classes} class names")
+def _write(jobs: list[Job], workers: int | None, progress: Progress | None) -> None:
+    images = sum(job.images for job in jobs)
+    left = [job for job in jobs if job.finished() is None]
+    if done := images - sum(job.images for job in left):
+        logger.info("going on after %d of %d images", done, images)
+    work(write_shard, left, workers, progress=progress, total=images, done=done)
+
+
+def _refuse(out: Path) -> None:
+    if out.exists():
+        raise DataError(f"{out}: already exists; remove it or choose another folder")
+
+
+@contextmanager
+def _held(folder: Path, out: Path) -> Iterator[None]:
+    """Hold the work folder against another process.
+
+    Raises:
+        DataError: it has it.
+    """
+    with (folder / ".lock").open("ab+") as file:
         try:
-            blob = _checked(sample.path)
-        except DataError as error:
-            skipped.append(Skipped(path=sample.recorded, reason=str(error)))
-        else:
-            writer.add(sample, blob)
-        if progress:
-            progress(seen)
-    if not writer.count:
-        shown = "".join(f"\n  {item.path}: {item.reason}" for item in skipped[:3])
-        raise DataError(f"nothing to pack: {len(skipped)} images found, none usable{shown}")
-    return skipped
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                holder = file.read().decode() or "unknown"
+                raise DataError(f"{out}: another process is packing into it ({holder}); wait for it") from None
+            logger.warning("%s: this file system has no locks; make sure that nothing else packs here", folder)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
+        file.flush()
+        yield
 
 
-def _checked(path: Path) -> bytes:
-    if path.suffix.lower() not in EXTENSIONS:
-        raise DataError(f"'{path.suffix}' is none of {', '.join(sorted(EXTENSIONS))}")
+@contextmanager
+def _kept_if_worth_it(folder: Path) -> Iterator[None]:
+    """Remove the work folder, unless the work was stopped with a shard to go on from."""
     try:
-        blob = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}") from None
-    decode(blob)
-    return blob
+        yield
+    finally:
+        if whole := len(list((folder / WHOLE).glob("*.tar"))):
+            _sweep(folder)
+            logger.warning("%d finished shard(s) are kept in %s: the same command goes on from them", whole, folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Writer:
-    """Appends samples to the current tar and starts the next one when it is full."""
+def _sweep(folder: Path) -> None:
+    """Remove what was being written when a process ended."""
+    for torn in folder.rglob("*.tmp"):
+        torn.unlink()
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.count = 0
-        self._folder = folder
-        self._shard_bytes = shard_bytes
-        self._shards: list[ShardFile] = []
-        self._tables: list[np.ndarray] = []
-        self._rows: list[tuple[int, int, int, int, int, int]] = []
-        self._tar: tarfile.TarFile | None = None
 
-    def add(self, sample: RawSample, blob: bytes) -> None:
-        if self._tar is not None and self._tar.offset + len(blob) > self._shard_bytes:
-            self._close()
-        if self._tar is None:
-            self._tar = tarfile.open(self._shard_path(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        key = f"{self.count:09d}"
-        offset = _member(self._tar, key + sample.path.suffix.lower(), blob)
-        if sample.label >= 0:
-            _member(self._tar, f"{key}.cls", str(sample.label).encode())
-        _member(self._tar, f"{key}.json", json.dumps({"path": sample.recorded}).encode())
-        self._rows.append((offset, digest(blob), len(self._shards), len(blob), sample.label, sample.group))
-        self.count += 1
+def _jobs(listing: Listing, folder: Path, name: str, shard_bytes: int, progress: Progress | None) -> list[Job]:
+    """The shards to write, compared with those that an earlier packing was to write.
 
-    def finish(self, name: str, listing: Listing, skipped: list[Skipped]) -> None:
-        self._close()
-        index = self._folder / INDEX
-        rows = np.concatenate(self._tables)
-        np.save(index, rows)
-        sync(index)
-        manifest = Manifest(
-            name=name,
-            samples=self.count,
-            bytes=sum(shard.bytes for shard in self._shards),
-            classes=listing.classes,
-            groups=listing.groups,
-            pixels=listing.pixels,
-            shards=self._shards,
-            fingerprint=fingerprint(listing.classes, listing.pixels, [(rows["label"], rows["digest"])]),
-            skipped=skipped,
+    Raises:
+        DataError: they differ, a label has no class, a group no name, or there are no images.
+    """
+    _sweep(folder)
+    listed = folder / f"{SAMPLES}.new"
+    digest, spans = _list(listing, listed, shard_bytes, progress)
+    if not spans:
+        raise DataError("nothing to pack: 0 images found, none usable")
+    groups = listing.groups.names if listing.groups else []
+    plan = {
+        "layout": LAYOUT,
+        "name": name,
+        "shard_bytes": shard_bytes,
+        "classes": listing.classes,
+        "groups": listing.groups.model_dump(mode="json") if listing.groups else None,
+        "pixels": listing.pixels.model_dump(mode="json"),
+        "images": digest,
+    }
+    _compare(folder, plan)
+    listed.replace(folder / SAMPLES)
+    with replacing(folder / PLAN) as file:
+        file.write(json.dumps(plan).encode())
+    return [Job(folder, number, *span, listing.pixels, groups) for number, span in enumerate(spans)]
+
+
+def _compare(folder: Path, plan: dict[str, Any]) -> None:
+    if not (folder / PLAN).exists() or not any((folder / WHOLE).glob("*.tar")):
+        for record in folder.glob("*.npz"):
+            record.unlink()
+        return
+    before = json.loads((folder / PLAN).read_bytes())
+    if other := [key for key in plan if plan[key] != before.get(key)]:
+        raise DataError(
+            f"{folder}: holds what is left of another packing; it differs in {', '.join(other)}. Give the same images "
+            f"and settings to go on with it, or remove it to start anew"
         )
-        write_manifest(self._folder, manifest)
-        sync(self._folder)
-
-    def _shard_path(self) -> Path:
-        return self._folder / f"shard-{len(self._shards):06d}.tar"
-
-    def close(self) -> None:
-        """Let go of the open tar, whole or not."""
-        if self._tar is not None:
-            self._tar.fileobj.close()
-            self._tar = None
-
-    def _close(self) -> None:
-        if self._tar is None:
-            return
-        path = self._shard_path()
-        self._tar.close()
-        self._tar = None
-        sync(path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        shard = ShardFile(file=path.name, samples=len(self._rows), bytes=path.stat().st_size, sha256=digest)
-        self._shards.append(shard)
-        self._tables.append(np.array(self._rows, dtype=ROW))
-        self._rows = []
 
 
-def _member(tar: tarfile.TarFile, name: str, blob: bytes) -> int:
-    """Append one file; returns where its bytes start. A fresh TarInfo has owner 0 and time 0."""
-    info = tarfile.TarInfo(name)
-    info.size = len(blob)
-    # Our names are short, so the USTAR header is always one block.
-    start = tar.offset + tarfile.BLOCKSIZE
-    tar.addfile(info, io.BytesIO(blob))
-    return start
+def _list(listing: Listing, path: Path, shard_bytes: int, progress: Progress | None) -> tuple[str, list[Span]]:
+    """Write all samples to a file, so that no process has to hold them; returns its digest and the shards' spans."""
+    whole = hashlib.sha256()
+    spans: list[Span] = []
+    start = room = position = 0
+    first = number = 0
+    with path.open("wb") as file:
+        for number, sample in enumerate(listing.samples):
+            _check(sample, listing)
+            size, changed = _state(sample.path)
+            weight = _weight(size)
+            if weight > room:
+                if number:
+                    spans.append(Span(start, first, number - first))
+                start, first, room = position, number, shard_bytes
+            room -= weight
+            line = to_line(sample, size, changed)
+            whole.update(line)
+            position += file.write(line)
+            if progress and number % LISTED_EVERY == LISTED_EVERY - 1:
+                progress(0, number + 1)
+    if position:
+        spans.append(Span(start, first, number + 1 - first))
+    return whole.hexdigest(), spans
+
+
+def _check(sample: RawSample, listing: Listing) -> None:
+    classes, groups = len(listing.classes or ()), len(listing.groups.names if listing.groups else ())
+    if not -1 <= sample.label < classes:
+        raise DataError(f"{sample.path}: label {sample.label}, but there are {classes} class names")
+    if not -1 <= sample.group < groups:
+        raise DataError(f"{sample.path}: group {sample.group}, but there are {groups} group names")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of change in nanoseconds, -1 for a file that is not there."""
+    try:
+        known = path.stat()
+    except (OSError, ValueError):
+        return -1, -1
+    return known.st_size, known.st_mtime_ns
+
+
+def _weight(size: int) -> int:
+    """Bytes of a sample in a tar: the image with its header, a label and a few facts with theirs."""
+    return 5 * tarfile.BLOCKSIZE + -(-max(size, 0) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _unwritable(out: Path, error: OSError) -> DataError:

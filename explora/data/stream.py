@@ -1,22 +1,28 @@
-"""The endless order of samples: any step can be reached directly, on any number of workers and ranks."""
+"""The endless sequence of samples: any step can be reached directly, on any number of workers and ranks."""
 
 from __future__ import annotations
 
-import functools
-import signal
+import logging
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from explora.data.index import ShardSet
-from explora.data.intake import Intake
-from explora.data.views import ORDER, Key, Views
+from explora.data.loading import Levels, Task, Unreadable, load, stacked
+from explora.data.mixture import CYCLE, Draws, Mixture
+from explora.data.order import Order
+from explora.data.views import Key, Views
 from explora.errors import ConfigError, DataError
+
+logger = logging.getLogger("explora")
+
+_TRIES = 16
+"""Images tried in the place of one that cannot be read, itself included."""
+_FEW = 10
+"""Unreadable images on one rank that no run stops for, however short it is yet."""
 
 
 class Position(TypedDict):
@@ -24,8 +30,10 @@ class Position(TypedDict):
 
     fingerprint: str
     seed: int
+    epoch: int
     samples: int
-    batch_size: int
+    global_batch: int
+    order: str
 
 
 @dataclass(frozen=True)
@@ -36,29 +44,27 @@ class Step:
     micro_batches: list[dict[str, Tensor]]
     images: int
     """Images of the step on all ranks."""
-
-
-@functools.lru_cache(maxsize=4)
-def order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of all n samples in an epoch, int64 (n,).
-
-    Remembered for this epoch and the next, for two streams side by side.
-    """
-    permutation = Key(seed, epoch, 0).rng(ORDER).permutation(n)
-    permutation.flags.writeable = False
-    return permutation
+    unreadable: tuple[Unreadable, ...] = ()
+    """Images of this rank that cannot be read and that others stand in for, each as often as it was met."""
 
 
 class Stream:
     """Micro-batches for training, epoch after epoch without a seam.
 
     The order, the crops and the masks depend on the seed and the sample's global number only, so neither the
-    number of workers or ranks nor a stop in between changes a pixel.
+    number of workers or ranks nor a stop in between changes a pixel. A batch that takes more images than a set has
+    runs into the set's next epoch, so it holds some of them twice; a warning says so once.
+
+    An image that cannot be read is passed over for the next one of its set that can be, cropped as the first would
+    have been.
 
     Args:
         batch_size: images of one step over all ranks.
+        order: how every epoch is shuffled.
         micro_batches: parts that each rank cuts its images of a step into.
         rank: which of the `ranks` equal parts of every step this stream yields.
+        max_corrupt: share of the images of this rank, since its start, beyond which unreadable ones stop the run;
+            ten never do, unless the share is 0.
 
     Raises:
         ConfigError: ranks times `micro_batches` does not divide `batch_size`.
@@ -67,16 +73,18 @@ class Stream:
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: ShardSet | Mixture,
         views: Views,
         *,
         batch_size: int,
         seed: int,
         workers: int,
+        order: Order = Order(),  # noqa: B008  frozen
         position: Position | None = None,
         micro_batches: int = 1,
         rank: int = 0,
         ranks: int = 1,
+        max_corrupt: float = 0.001,
     ) -> None:
         parts = ranks * micro_batches
         if batch_size < 1 or parts < 1 or batch_size % parts:
@@ -85,17 +93,19 @@ class Stream:
                 f"batch_size {batch_size} cannot be cut into {micro_batches} equal micro-batches{of}; "
                 f"choose a multiple of {max(1, parts)}"
             )
-        unlabelled = int((shards.labels < 0).sum())
-        if "label" in views.names() and unlabelled:
-            raise DataError(
-                f"{shards.folder}: {unlabelled} of {len(shards)} images have no label, but this task "
-                f"needs one; pack them from one folder for each class"
-            )
-        self._shards, self._views = shards, views
+        self._mixture = shards if isinstance(shards, Mixture) else Mixture([shards])
+        if "label" in views.names():
+            _refuse_unlabelled(self._mixture)
+        _warn_of_few(self._mixture, batch_size)
+        self._views, self._order, self._seed, self._workers = views, order, seed, workers
         self._batch_size, self._micro_batches = batch_size, micro_batches
-        self._seed, self._workers = seed, workers
         self._rank, self._ranks = rank, ranks
+        self._max_corrupt = max_corrupt
         self._samples = 0
+        self._met = 0
+        self._latest: deque[str] = deque(maxlen=3)  # unreadable ones
+        self.corrupt = 0
+        """Unreadable images that this rank has met since it started."""
         if position is not None:
             self.load_state_dict(position)
 
@@ -103,36 +113,45 @@ class Stream:
         """Steps from the position up to, not including, step `stop`.
 
         While step i is being handled, `state_dict` already points behind it.
+
+        Raises:
+            DataError: too many images cannot be read, or 16 of a set in a row.
         """
         start = self._samples // self._batch_size
-        batches = _load(self._shards, self._views, self._tasks(start, stop), self._workers)
+        made = load(self._mixture, self._views, self._tasks(start, stop), self._workers, _TRIES)
         for index in range(start, stop):
-            micro_batches = [next(batches) for _ in range(self._micro_batches)]
+            parts = [next(made) for _ in range(self._micro_batches)]
             self._samples = (index + 1) * self._batch_size
-            yield Step(index, micro_batches, self._batch_size)
+            unreadable = tuple(which for part in parts for which in part.unreadable)
+            self._count(unreadable)
+            yield Step(index, [part.batch for part in parts], self._batch_size, unreadable)
 
     def state_dict(self) -> Position:
-        """Plain strings and numbers; `samples` counts the images handed out since the start."""
+        """Plain strings and numbers; `samples` counts the images of this epoch that are handed out."""
+        epoch, samples = divmod(self._samples, len(self._mixture))
         return {
-            "fingerprint": self._shards.fingerprint,
+            "fingerprint": self._mixture.fingerprint,
             "seed": self._seed,
-            "samples": self._samples,
-            "batch_size": self._batch_size,
+            "epoch": epoch,
+            "samples": samples,
+            "global_batch": self._batch_size,
+            "order": str(self._order),
         }
 
     def load_state_dict(self, position: Position) -> None:
         """Go to `position`.
 
         Raises:
-            DataError: says which of data, seed and batch size differ.
+            DataError: says which of data, seed, batch size and order differ.
         """
         here = self.state_dict()
         differ = [
             f"{what}: saved {saved}, now {now}"
             for what, saved, now in (
-                ("data (fingerprint)", position["fingerprint"], here["fingerprint"]),
-                ("seed", position["seed"], here["seed"]),
-                ("batch size", position["batch_size"], here["batch_size"]),
+                ("data (fingerprint)", position.get("fingerprint"), here["fingerprint"]),
+                ("seed", position.get("seed"), here["seed"]),
+                ("batch size", position.get("global_batch"), here["global_batch"]),
+                ("order", position.get("order"), here["order"]),
             )
             if saved != now
         ]
@@ -141,25 +160,40 @@ class Stream:
                 "cannot resume: this checkpoint was written with other settings; "
                 "restore them or start a new run\n  " + "\n  ".join(differ)
             )
-        self._samples = position["samples"]
+        self._samples = position["epoch"] * len(self._mixture) + position["samples"]
 
-    def _tasks(self, start: int, stop: int) -> Iterator[_Task]:
-        n, mine = len(self._shards), self._batch_size // self._ranks
+    def _tasks(self, start: int, stop: int) -> Iterator[Task]:
+        draws = Draws(self._mixture, self._order, self._seed)
+        mine = self._batch_size // self._ranks
         size = mine // self._micro_batches
         for first in range(start * self._batch_size, stop * self._batch_size, self._batch_size):
             for offset in range(self._rank * mine, (self._rank + 1) * mine, size):
-                places = (divmod(first + offset + number, n) for number in range(size))
-                keys = [Key(self._seed, epoch, int(order(n, self._seed, epoch)[at])) for epoch, at in places]
-                yield _Task(keys, self._seed, first, self._batch_size, offset)
+                keys = [draws[first + offset + number] for number in range(size)]
+                yield Task(keys, self._seed, first, self._batch_size, offset)
+
+    def _count(self, unreadable: tuple[Unreadable, ...]) -> None:
+        self._met += self._batch_size // self._ranks
+        self._latest.extend(which.why for which in unreadable)
+        self.corrupt += len(unreadable)
+        bearable = max(_FEW, self._max_corrupt * self._met) if self._max_corrupt else 0
+        if unreadable and self.corrupt > bearable:
+            latest = "".join(f"\n  {why}" for why in self._latest)
+            raise DataError(
+                f"{self.corrupt} of {self._met} images cannot be read, which is more than max_corrupt "
+                f"({self._max_corrupt:g}) allows; look at the disk, pack the images again, or raise max_corrupt{latest}"
+            )
 
 
 def batches(shards: ShardSet, views: Views, batch_size: int, workers: int) -> Iterator[dict[str, Tensor]]:
     """Every image once, in the order of the shards, for evaluation; the last batch may be smaller.
 
     As in a step, `views.finish` makes a batch ready. Labels are -1 where there are none.
+
+    Raises:
+        DataError: an image cannot be read.
     """
     tasks = (
-        _Task(
+        Task(
             [Key(0, 0, index) for index in range(first, min(first + batch_size, len(shards)))],
             0,
             first,
@@ -168,70 +202,39 @@ def batches(shards: ShardSet, views: Views, batch_size: int, workers: int) -> It
         )
         for first in range(0, len(shards), batch_size)
     )
-    return _load(shards, views, tasks, workers)
+    return (made.batch for made in load(Mixture([shards]), views, tasks, workers, tries=1))
 
 
-def crops(shards: ShardSet, views: Views, keys: Iterable[Key]) -> dict[str, Tensor]:
+def crops(shards: ShardSet | Mixture, views: Views, keys: Iterable[Key]) -> dict[str, Tensor]:
     """The crops of some images, stacked, as a worker makes them.
 
     Raises:
         DataError: an image cannot be read.
     """
-    intake = Intake(shards.pixels, views)
-    samples = [views.sample(intake(shards.image(key.sample)), key) for key in keys]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    levels = Levels(shards if isinstance(shards, Mixture) else Mixture([shards]), views, tries=1)
+    return stacked([views.sample(levels(key.sample).image, key) for key in keys])
 
 
-class _Task(NamedTuple):
-    """What a worker needs to make one micro-batch: its images, and its place in the whole step."""
-
-    keys: list[Key]
-    seed: int
-    first: int
-    batch_size: int
-    offset: int
-
-
-class _Batches(Dataset):
-    """Makes the micro-batch of a task."""
-
-    def __init__(self, shards: ShardSet, views: Views) -> None:
-        self._shards, self._views = shards, views
-        self._intake = Intake(shards.pixels, views)
-
-    def __getitem__(self, task: _Task) -> dict[str, Tensor] | DataError:
-        try:
-            samples = [self._views.sample(self._intake(self._shards.image(key.sample)), key) for key in task.keys]
-        except DataError as error:
-            # Handed over as a value: raised in a worker, its message would be buried in a traceback.
-            return error
-        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-        shared = self._views.step(task.seed, task.first, task.batch_size)
-        batch |= {name: whole[task.offset : task.offset + len(task.keys)] for name, whole in shared.items()}
-        if "label" in self._views.names():
-            batch["label"] = torch.tensor([int(self._shards.labels[key.sample]) for key in task.keys])
-        return batch
+def _refuse_unlabelled(mixture: Mixture) -> None:
+    for one in mixture.sets:
+        unlabelled = int((one.labels < 0).sum())
+        if unlabelled:
+            raise DataError(
+                f"{one.folder}: {unlabelled} of {len(one)} images have no label, but this task "
+                f"needs one; pack them from one folder for each class"
+            )
+    if mixture.classes is None:
+        raise DataError(
+            f"{mixture.folder}: these sets have other classes each, but this task needs the same ones in the same "
+            "order; pack them from folders of the same names"
+        )
 
 
-def _load(shards: ShardSet, views: Views, tasks: Iterable[_Task], workers: int) -> Iterator[dict[str, Tensor]]:
-    loader: DataLoader = DataLoader(
-        _Batches(shards, views),
-        batch_size=None,
-        sampler=tasks,
-        num_workers=workers,
-        worker_init_fn=_begin_work,
-        pin_memory=torch.cuda.is_available(),
-        # A generator of its own: the loader must not draw from the global one, or a resumed run would differ.
-        generator=torch.Generator(),
-    )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
-
-
-def _begin_work(_: int) -> None:
-    torch.set_num_threads(1)
-    # A cluster that wants a job to stop tells all its processes; training still needs this one to reach a checkpoint.
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+def _warn_of_few(mixture: Mixture, batch_size: int) -> None:
+    for one, count in zip(mixture.sets, mixture.counts, strict=True):
+        taken = batch_size * count / CYCLE
+        if len(one) < taken:
+            logger.warning(
+                "%s: %d images, of which a batch takes %g; it runs into their next epoch and holds some of them twice",
+                *(one.folder, len(one), round(taken, 1)),
+            )

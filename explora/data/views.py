@@ -1,13 +1,13 @@
 """From one decoded image to the views a task learns from.
 
 Three moments: `sample` crops to uint8 in a worker, `step` draws what a whole optimizer step shares, `finish`
-applies photometric changes and normalises on the device. Up to `finish` the first axis of every tensor is the
-image; `finish` puts the view axis in front of it where there is one.
+applies photometric changes and normalises on the device. Up to `finish` the first axis of every tensor is the image
+and the last one of crops the channel, as images are decoded; `finish` puts channels before pixels, and the view axis
+in front of the image where there is one.
 """
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from explora.bands import RGB, Scaling, canonical
 from explora.config import Config
-from explora.data import photometric
+from explora.data import geometry, photometric
+from explora.data.geometry import RandomCrop
 from explora.data.masks import block_masks
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -49,6 +50,13 @@ class Key(NamedTuple):
         counter = np.array([0, 0, self.epoch, view], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
+    def numbers(self, views: int) -> list[list[float]]:
+        """What each of the sample's first `views` views is drawn from: `NUMBERS` in [0, 1) for its crop, then others.
+
+        Those of a view are the same however many follow it.
+        """
+        return self.rng(0).random((views, geometry.NUMBERS + photometric.NUMBERS)).tolist()
+
 
 class Views(Config):
     """How images become a batch; picked in YAML by `name`."""
@@ -62,6 +70,14 @@ class Views(Config):
     """Channel means of images in [0, 1]; those the backbone was trained with."""
     std: tuple[Strength, ...] = IMAGENET_STD
     """Channel standard deviations of images in [0, 1]."""
+    scaled_decode: bool = False
+    """Decode JPEGs at a half, a quarter or an eighth of their size if no crop needs more: far faster from 1024 px on,
+    but crops are then near those of the whole image, not the same."""
+
+    @property
+    def colour(self) -> bool:
+        """Whether the channels are red, green and blue, which alone have a luma and a hue."""
+        return self.bands == RGB
 
     @abstractmethod
     def names(self) -> frozenset[str]:
@@ -71,9 +87,17 @@ class Views(Config):
     def sides(self) -> tuple[int, ...]:
         """Sides in pixels of the crops made of one image."""
 
+    def enough(self) -> int:
+        """Short side in pixels of an image from which on no crop of it is ever enlarged; 0: nobody knows."""
+        return 0
+
+    def needed(self) -> int:
+        """What `decode` must leave of the short side of an image, pixels; 0: all of it."""
+        return self.enough() if self.scaled_decode else 0
+
     @abstractmethod
     def sample(self, image: np.ndarray, key: Key) -> dict[str, Tensor]:
-        """One image of levels, uint8 (H, W, C), see `Intake`, to crops, uint8, and parameters for `finish`, float32."""
+        """One image of levels, uint8 (H, W, C), see `Intake`, to crops, uint8 (..., size, size, C), and parameters."""
 
     def step(self, seed: int, first: int, batch: int) -> dict[str, Tensor]:
         """What the `batch` images of a step from global sample number `first` on share, each (batch, ...)."""
@@ -94,6 +118,12 @@ class Views(Config):
             raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}; give both for every channel")
         if min(self.std) <= 0:
             raise ValueError("std must be above 0 in every channel")
+        # Only of two that are given: what is left out will be the backbone's.
+        if self.model_fields_set >= {"bands", "mean"} and len(self.mean) != len(self.bands):
+            names = ", ".join(self.bands)
+            raise ValueError(
+                f"mean and std have {len(self.mean)} channels, but {len(self.bands)} bands are named: {names}"
+            )
         return self
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -102,9 +132,15 @@ class Views(Config):
         return images.sub_(mean).div_(std)
 
     def pixels(self, images: Tensor) -> np.ndarray:
-        """Normalised images (B, C, H, W) back to uint8 (B, H, W, C), for people to look at."""
-        mean, std = (images.new_tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
-        levels = (images.float() * std + mean).mul(255).round().clamp(0, 255)
+        """Normalised images (B, C, H, W) back to uint8 (B, H, W, 3), for people to look at.
+
+        Red, green and blue where the bands hold them, else the first three, or the first one in grey.
+        """
+        shown = [0, 1, 2] if images.shape[1] >= 3 else [0, 0, 0]
+        if set(RGB) <= set(self.bands):
+            shown = [self.bands.index(name) for name in RGB]
+        mean, std = (images.new_tensor(value)[shown].view(-1, 1, 1) for value in (self.mean, self.std))
+        levels = (images[:, shown].float() * std + mean).mul(255).round().clamp(0, 255)
         return levels.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
 
 
@@ -130,13 +166,16 @@ class Center(Views):
     def sides(self) -> tuple[int, ...]:
         return (self.size,)
 
+    def enough(self) -> int:
+        return self.resize or round(self.size * 8 / 7)
+
     def sample(self, image: np.ndarray, key: Key) -> dict[str, Tensor]:
         height, width = image.shape[:2]
-        short = self.resize or round(self.size * 8 / 7)
+        short = self.enough()
         factor = short / min(height, width)
-        resized = resize(image, max(short, int(height * factor)), max(short, int(width * factor)))
-        top, left = (round((side - self.size) / 2) for side in resized.shape[1:])
-        return {"image": resized[:, top : top + self.size, left : left + self.size].contiguous()}
+        resized = geometry.resize(image, max(short, int(height * factor)), max(short, int(width * factor)))
+        top, left = (round((side - self.size) / 2) for side in resized.shape[:2])
+        return {"image": resized[top : top + self.size, left : left + self.size].contiguous()}
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch | {"image": self.normalise(unit(batch["image"]))}
@@ -169,15 +208,22 @@ class Crop(Views):
     def sides(self) -> tuple[int, ...]:
         return (self.size,)
 
+    def enough(self) -> int:
+        return self._crop.enough()
+
     def sample(self, image: np.ndarray, key: Key) -> dict[str, Tensor]:
-        rng = key.rng(0)
-        crop = random_crop(image, rng, self.size, self.scale, self.flip, self.dihedral)
-        return {"image": crop, "photometric": photometric.draw(rng, jitter=self.jitter)}
+        (numbers,) = key.numbers(1)
+        row = photometric.draw(numbers[geometry.NUMBERS :], jitter=self.jitter)
+        return {"image": self._crop.cut(image, numbers).contiguous(), "photometric": torch.tensor(row)}
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         done = dict(batch)
-        images = photometric.apply(unit(batch["image"]), done.pop("photometric"))
+        images = photometric.apply(unit(batch["image"]), done.pop("photometric"), self.colour)
         return done | {"image": self.normalise(images)}
+
+    @property
+    def _crop(self) -> RandomCrop:
+        return RandomCrop(self.size, self.scale, self.flip, self.dihedral)
 
 
 class MultiCrop(Views):
@@ -241,14 +287,22 @@ class MultiCrop(Views):
     def sides(self) -> tuple[int, ...]:
         return (self.global_size,) * 2 + (self.local_size,) * self.local_crops
 
+    def enough(self) -> int:
+        return max(crop.enough() for crop in self._crops.values())
+
     def sample(self, image: np.ndarray, key: Key) -> dict[str, Tensor]:
         first, second, local = self.blur
-        whole = [self._view(image, key, 0, first), self._view(image, key, 1, second, self.solarize)]
-        parts = [self._view(image, key, 2 + number, local) for number in range(self.local_crops)]
+        chances = {"global": [(first, 0.0), (second, self.solarize)], "local": [(local, 0.0)] * self.local_crops}
+        numbers = iter(key.numbers(2 + self.local_crops))
         views: dict[str, Tensor] = {}
-        for name, group in (("global", whole), ("local", parts)):
-            views[name] = torch.stack([crop for crop, _ in group])
-            views[f"{name}_photometric"] = torch.stack([row for _, row in group])
+        for name, crop in self._crops.items():
+            group = torch.empty(len(chances[name]), crop.size, crop.size, image.shape[2], dtype=torch.uint8)
+            rows = []
+            for place, (blur, solarize) in zip(group, chances[name], strict=True):
+                drawn = next(numbers)
+                place.copy_(crop.cut(image, drawn))
+                rows.append(self._row(drawn[geometry.NUMBERS :], blur, solarize))
+            views |= {name: group, f"{name}_photometric": torch.tensor(rows)}
         return views
 
     def step(self, seed: int, first: int, batch: int) -> dict[str, Tensor]:
@@ -261,25 +315,25 @@ class MultiCrop(Views):
         done = {"mask": batch["mask"].transpose(0, 1).contiguous()}
         for name in ("global", "local"):
             crops, rows = (batch[key].transpose(0, 1) for key in (name, f"{name}_photometric"))
-            images = photometric.apply(unit(crops.flatten(0, 1)), rows.flatten(0, 1))
-            done[name] = self.normalise(images).view(crops.shape)
+            images = unit(crops)
+            photometric.apply(images.flatten(0, 1), rows.flatten(0, 1), self.colour)
+            done[name] = self.normalise(images)
         return done
 
-    def _view(
-        self, image: np.ndarray, key: Key, number: int, blur: float, solarize: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        rng = key.rng(number)
-        size, scale = (self.global_size, self.global_scale) if number < 2 else (self.local_size, self.local_scale)
-        crop = random_crop(image, rng, size, scale, self.flip, self.dihedral)
-        row = photometric.draw(
-            rng,
+    @property
+    def _crops(self) -> dict[str, RandomCrop]:
+        sizes = {"global": (self.global_size, self.global_scale), "local": (self.local_size, self.local_scale)}
+        return {name: RandomCrop(*size, self.flip, self.dihedral) for name, size in sizes.items()}
+
+    def _row(self, numbers: list[float], blur: float, solarize: float) -> list[float]:
+        return photometric.draw(
+            numbers,
             jitter=self.jitter,
             jitter_probability=self.jitter_probability,
             grey=self.grey,
             blur=blur,
             solarize=solarize,
         )
-        return crop, row
 
 
 def check_range(name: str, limits: Range) -> None:
@@ -289,47 +343,6 @@ def check_range(name: str, limits: Range) -> None:
         raise ValueError(f"{name} must go from a smaller to a larger share above 0, got {low} to {high}")
 
 
-def unit(images: Tensor) -> Tensor:
-    """uint8 to float32 in [0, 1]."""
-    return images.to(torch.float32).div_(255)
-
-
-def resize(image: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 (H, W, C) to uint8 (C, height, width): bicubic, antialiased, no float copy of the image."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    return torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
-
-
-def crop_box(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    scale: Range,
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a random resized crop (Szegedy et al. 2015, as torchvision draws it).
-
-    Ten tries of an area uniform in `scale` and an aspect log-uniform in `ratio`; then the centre.
-    """
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    h = min(height, round(width / ratio[0]))
-    w = min(width, round(height * ratio[1]))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def random_crop(
-    image: np.ndarray, rng: np.random.Generator, size: int, scale: Range, flip: float, dihedral: bool
-) -> Tensor:
-    """A random resized crop, flipped and turned: uint8 (C, size, size)."""
-    top, left, height, width = crop_box(rng, image.shape[0], image.shape[1], scale)
-    crop = resize(image[top : top + height, left : left + width], size, size)
-    if rng.random() < flip:
-        crop = crop.flip(2)
-    if dihedral:
-        crop = crop.rot90(int(rng.integers(4)), (1, 2))
-    return crop.contiguous()
+def unit(crops: Tensor) -> Tensor:
+    """Crops, uint8 (..., H, W, C), to images, float32 (..., C, H, W) in [0, 1]."""
+    return crops.movedim(-1, -3).contiguous().to(torch.float32).div_(255)

@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from explora import config as configs
 from explora.config import Config
-from explora.data import Step, Stream, Views
+from explora.data import AnyStream, Step, Views
 from explora.distributed import Parallel, Precision, all_reduce_sum, autocast, device_of, gathered, of_all, rank, size
 from explora.engine import checkpoint, preemption
 from explora.engine.monitor import Monitor, Seen
@@ -33,6 +33,7 @@ from explora.schedules import Progress
 logger = logging.getLogger("explora")
 
 _DAY = 24 * 3600
+_NAMED = 100  # unreadable images; more are only counted
 
 
 class LoopConfig(Config):
@@ -68,6 +69,10 @@ class Outcome:
     """Time in the loop, earlier sessions of a resumed run included, the monitor's left out."""
     skipped: int = 0
     """Steps left out because of a non-finite loss or gradient."""
+    corrupt: int = 0
+    """Images that could not be read, on all ranks, each as often as it was met."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """What is wrong with the first hundred different ones, by their places."""
     seen: Seen | None = None
     """What the monitor found; None where there is none."""
 
@@ -103,7 +108,7 @@ class Training:
         run: Run,
         parallel: Parallel,
         optimizer: Optimizer,
-        stream: Stream,
+        stream: AnyStream,
         views: Views,
         progress: Progress,
         seed: int,
@@ -189,7 +194,7 @@ class Training:
             output.loss.backward()
             for name, part in {"loss": output.loss.detach(), **output.parts}.items():
                 totals[name] = totals.get(name, 0) + part
-        flags = [*asked.flags(), float(saver.failed)]
+        flags = [*asked.flags(), float(saver.failed), float(len(step.unreadable))]
         totals, everyones = _summed(totals, flags)
         norm = self.optimizer.step(self.progress, totals["loss"])
         if norm is None:
@@ -197,7 +202,9 @@ class Training:
         else:
             self._in_a_row = 0
             self.objective.after_step(self.progress)
-        *signals, failed = flags if everyones is None else everyones.tolist()
+        *signals, failed, unreadable = flags if everyones is None else everyones.tolist()
+        if unreadable:
+            self._name(int(unreadable), step)
         row = {**totals, "grad_norm": norm, "lr": self.optimizer.lr(self.progress)}
         return _Agreed(row, preemption.agreed(signals), bool(failed))
 
@@ -210,6 +217,14 @@ class Training:
                 f"{self._in_a_row} steps in a row had a non-finite loss or gradient; lower optim.lr or look at the "
                 f"images and weights, and start in another folder"
             )
+
+    def _name(self, unreadable: int, step: Step) -> None:
+        """Count so many images that stood for others, and say which were met for the first time; on every rank."""
+        self.outcome.corrupt += unreadable
+        for where, why in sum(of_all(step.unreadable), ()):
+            if where not in self.outcome.unreadable and len(self.outcome.unreadable) < _NAMED:
+                self.outcome.unreadable[where] = why
+                logger.warning("step %d: took the next image instead: %s", step.index + 1, why)
 
     def _keep(self, agreed: _Agreed, saver: checkpoint.Saver) -> None:
         """Save what is due, and stop where some rank was asked to."""
@@ -273,7 +288,8 @@ class Training:
         done, steps, seconds = self.progress.step, self.progress.steps, self.outcome.seconds
         place = {"step": done, "steps": steps, "images": done * self.progress.batch, "seconds": round(seconds, 3)}
         numbers = {name: float(value) for name, value in row.items() if value is not None}
-        self.run.log_metrics({**place, **numbers})
+        corrupt = {"corrupt_images": self.outcome.corrupt} if self.outcome.corrupt else {}
+        self.run.log_metrics({**place, **numbers, **corrupt})
         if done:
             logger.debug(
                 "step %d/%d  loss %.4f  lr %.2e  %.1f img/s  ETA %.0f s",
@@ -287,7 +303,7 @@ class Training:
             "position": self.stream.state_dict(),
             "frozen_base": self.base,
             "moments": list(moments),
-            "outcome": {"seconds": self.outcome.seconds, "skipped": self.outcome.skipped},
+            "outcome": asdict(self.outcome),
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
         }
         saver.save(self.progress.step, _named(self.objective.learnt(), moments), values)

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from explora.config import Config
-from explora.data import Center, Key, ShardSet
+from explora.data import Center, Key, Mixture, ShardSet, crops
 from explora.distributed import Precision, autocast, on_first
 from explora.errors import RunError, TrainingError
 from explora.evaluation import KNN, Features, rankme
@@ -80,7 +80,7 @@ class Monitor:
     """
 
     def __init__(
-        self, config: MonitorConfig, shards: ShardSet, view: Center, on_best: Callable[[], None] | None = None
+        self, config: MonitorConfig, shards: ShardSet | Mixture, view: Center, on_best: Callable[[], None] | None = None
     ) -> None:
         self.config, self.on_best = config, on_best
         self._shards, self._view = shards, view
@@ -191,9 +191,8 @@ class Monitor:
 
     @cached_property
     def _images(self) -> Tensor:
-        """Decoded and cut once: uint8 (N, 3, size, size)."""
-        samples = (self._view.sample(self._shards.image(int(at)), Key(0, 0, int(at))) for at in self.chosen)
-        return torch.stack([sample["image"] for sample in samples])
+        """Decoded and cut once: uint8 (N, C, size, size)."""
+        return crops(self._shards, self._view, [Key(0, 0, int(at)) for at in self.chosen])["image"]
 
     # Not inference_mode: what a model remembers from one pass to the next must still serve training.
     @torch.no_grad()

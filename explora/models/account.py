@@ -135,8 +135,8 @@ def _advice(model: Mapping[str, Tensor], found: Mapping[str, Tensor], reshaped: 
     patches = [name for name in reshaped if name.startswith("patch_embed.") and model[name].dim() == found[name].dim()]
     if any(model[name].shape[1:2] != found[name].shape[1:2] for name in patches if model[name].dim() == 4):
         return (
-            "the number of channels differs: model.options.in_chans says how many the weights have, "
-            "model.channel_groups embeds other bands anew"
+            "the number of channels differs: model.options.in_chans says how many the weights have, model.bands names "
+            "others to be made from them, model.channel_groups embeds bands in groups"
         )
     return "choose the model.name that these weights were trained with"
 

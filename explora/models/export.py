@@ -13,9 +13,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from explora.errors import WeightsError
+from explora.models.formats import own
 from explora.models.vit import ViT
 from explora.models.weights import METADATA_KEY, fingerprint, read_tensors
 from explora.runs import write_atomically
+
+_OF_ADAPTERS = ("method", "base")
+"""What adapters say beside what backbones say."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
@@ -66,23 +70,29 @@ def facts_of(vit: ViT) -> dict[str, Any]:
         "channel_groups": vit.channel_groups,
         "mean": list(vit.mean),
         "std": list(vit.std),
+        "bands": None if vit.bands is None else list(vit.bands),
+        "scaling": None if vit.scaling is None else vit.scaling.model_dump(mode="json"),
         "source": None if vit.source is None else dataclasses.asdict(vit.source),
     }
 
 
 def load_adapter(path: str | Path, vit: ViT, method: Mapping[str, Any]) -> None:
-    """Put an adapter's tensors into a ViT on which its method has been applied.
+    """Put an adapter's tensors into a ViT on which its method has been applied, with mean, std and scaling.
 
     Args:
         method: the config of the method applied to `vit`, as `save_adapter` was given it.
 
     Raises:
-        WeightsError: another method (say another alpha), names or shapes that are not the model's, or another frozen
-            base than it was trained on.
+        WeightsError: another method (say another alpha), other bands, names or shapes that are not the model's, or
+            another frozen base than it was trained on.
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("method") != dict(method):
         raise WeightsError(f"{path}: was trained with {metadata.get('method')}, not with {dict(method)}")
+    facts = own.facts({name: value for name, value in metadata.items() if name not in _OF_ADAPTERS}, str(path))
+    if facts.bands is not None and vit.bands not in (None, facts.bands):
+        named = ", ".join(facts.bands)
+        raise WeightsError(f"{path}: was trained on other bands; load the base with model.bands: [{named}]")
     state = dict(vit.state_dict())
     strange = [name for name in tensors if name not in state or state[name].shape != tensors[name].shape]
     if strange:
@@ -93,3 +103,5 @@ def load_adapter(path: str | Path, vit: ViT, method: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
+    if facts.mean is not None and facts.std is not None:
+        vit.mean, vit.std, vit.scaling = facts.mean, facts.std, facts.scaling

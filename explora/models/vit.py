@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from explora.bands import RGB, Scaling
 from explora.errors import WeightsError
 from explora.models.attention import Group
 from explora.models.blocks import Layout, known, packed
@@ -70,9 +71,10 @@ class ViT(nn.Module):
         positions: how the position embedding is resampled to other sizes.
         channel_groups: channels of each group; `patch_embed` is a list then, and `channel_embed` joins `pos_embed`.
         channel_width: width of `channel_embed`; None: a quarter of the model's, as in SatMAE-L.
+        bands: canonical names of the channels; None: red, green, blue where there are three, not known otherwise.
 
     Raises:
-        WeightsError: the architecture has parts that this forward pass does not know, or the groups do not fit it.
+        WeightsError: the architecture has parts that this forward pass does not know, or groups or bands do not fit it.
     """
 
     entries = ("visible", "features")
@@ -87,6 +89,7 @@ class ViT(nn.Module):
         positions: PositionMode = "timm",
         channel_groups: ChannelGroups | None = None,
         channel_width: int | None = None,
+        bands: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
         _covered(model, name)
@@ -103,7 +106,11 @@ class ViT(nn.Module):
         self.channels: int = model.patch_embed.proj.in_channels
         self.groups = len(channel_groups or [()])
         """Tokens at each patch: the number of channel groups."""
-        self.mean, self.std = _normalisation(name, self.channels)
+        self.bands = _bands(bands, self.channels)
+        """Canonical names of the channels in order; None where nobody knows."""
+        self.scaling: Scaling | None = None
+        """Which values become 0 and 1 before mean and std; None: display levels, or nobody knows."""
+        self.mean, self.std = _normalisation(name, self.channels, self.bands)
         """Channel mean and std of images in [0, 1] that the weights expect: the architecture's until one who knows sets
         others."""
         self.drop_path = 0.0
@@ -252,6 +259,7 @@ def build(
     positions: PositionMode = "timm",
     channel_groups: ChannelGroups | None = None,
     channel_width: int | None = None,
+    bands: tuple[str, ...] | None = None,
 ) -> ViT:
     """A randomly initialised ViT of a timm architecture for square images of `image_size` pixels; see `ViT`.
 
@@ -272,7 +280,7 @@ def build(
         raise WeightsError(
             f"image_size {image_size} is no multiple of the patch size {patch} of '{name}'; use {' or '.join(near)}"
         )
-    return ViT(model, name, image_size, options, positions, channel_groups, channel_width)
+    return ViT(model, name, image_size, options, positions, channel_groups, channel_width, bands)
 
 
 def _create(architecture: str, image_size: int, options: Options) -> VisionTransformer | Eva:
@@ -287,13 +295,21 @@ def _create(architecture: str, image_size: int, options: Options) -> VisionTrans
     return _covered(model, architecture)
 
 
-def _normalisation(name: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if channels != 3:
+def _bands(named: tuple[str, ...] | None, channels: int) -> tuple[str, ...] | None:
+    if named is not None and len(named) != channels:
+        raise WeightsError(f"model.bands names {len(named)} bands, but the model takes {channels} channels")
+    return named or (RGB if channels == len(RGB) else None)
+
+
+def _normalisation(
+    name: str, channels: int, bands: tuple[str, ...] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if bands is None or set(bands) != set(RGB):
         return (0.0,) * channels, (1.0,) * channels
     registered = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if registered is None:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return tuple(registered.mean), tuple(registered.std)
+    known = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if registered is None else (registered.mean, registered.std)
+    mean, std = (tuple(each[RGB.index(band)] for band in bands) for each in known)
+    return mean, std
 
 
 def _covered(model: nn.Module, name: str) -> VisionTransformer | Eva:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from explora.config import Config
@@ -14,7 +14,8 @@ from explora.models import formats
 from explora.models.account import Account, check_finite, fill
 from explora.models.files import METADATA_KEY, fingerprint, read_file, read_tensors
 from explora.models.formats import Architecture, Checkpoint, Source
-from explora.models.formats.checkpoint import Groups
+from explora.models.formats.checkpoint import Bands, Groups, Value, canonical_bands
+from explora.models.inflate import Fitted, fit_bands
 from explora.models.vit import ViT, build, timm
 
 __all__ = [
@@ -46,6 +47,11 @@ class ModelConfig(Config):
     """How positions are resampled to other sizes: as DINOv2's own code, as timm, or (auto) as the weights were used."""
     channel_groups: Groups | None = None
     """SatMAE's channel groups, such as [[0, 1, 2, 6], [3, 4, 5, 7], [8, 9]]; null embeds all channels at once."""
+    bands: Bands | None = None
+    """Bands of the input channels in order, by any name in use; null: what the weights say, or red, green, blue for
+    three channels."""
+
+    _canonical = field_validator("bands")(canonical_bands)
 
 
 class Loaded(NamedTuple):
@@ -76,15 +82,14 @@ def load_model(config: ModelConfig) -> Loaded:
     if embed is None and shaped.channel_groups:
         raise WeightsError(f"{config.weights}: says channel groups {shaped.channel_groups}, but has no channel_embed")
     vit = _build(config, shaped, None if embed is None else embed.shape[-1])
-    if shaped.mean is not None and shaped.std is not None and len(shaped.mean) == vit.channels:
-        vit.mean, vit.std = shaped.mean, shaped.std
-    fresh, notes = _fresh(vit, checkpoint), _notes(config, checkpoint, vit)
     name = str(config.name if timms else config.weights)
-    account = fill(vit, checkpoint.tensors, name, ignored=checkpoint.ignored, fresh=fresh, notes=notes)
+    fitted = fit_bands(vit, checkpoint, config.bands, name)
+    fresh, notes = _fresh(vit, checkpoint, fitted), _notes(config, checkpoint, vit, fitted)
+    account = fill(vit, fitted.tensors, name, ignored=checkpoint.ignored, fresh=fresh, notes=notes)
     own = Source(checkpoint.format, Path(name).name, checkpoint.licence, checkpoint.inferred)
     vit.source = checkpoint.source or own
     check_finite(checkpoint.decoder, name)
-    return Loaded(vit, account, checkpoint.decoder, checkpoint.decoder_heads)
+    return Loaded(vit, account, fitted.decoder, checkpoint.decoder_heads)
 
 
 def load_backbone(path: str | Path, *, name: str | None = None, image_size: int | None = None) -> ViT:
@@ -108,20 +113,20 @@ def _timm(name: str | None) -> Checkpoint:
     return Checkpoint("timm", Architecture(name), tensors, licence=licence)
 
 
-def _notes(config: ModelConfig, checkpoint: Checkpoint, vit: ViT) -> list[str]:
+def _notes(config: ModelConfig, checkpoint: Checkpoint, vit: ViT, fitted: Fitted) -> list[str]:
     """What was found beside the tensors, and everything that was assumed and that the config does not say."""
-    shaped, notes = checkpoint.architecture, [*checkpoint.notes]
+    shaped, notes = checkpoint.architecture, [*checkpoint.notes, *fitted.notes]
     if not config.name:
         notes += shaped.guesses
     if shaped.channel_groups and not (shaped.recorded or config.channel_groups):
         groups = [list(group) for group in shaped.channel_groups]
         notes.append(f"channel groups taken as SatMAE's {groups}, unless model.channel_groups says others")
-    if shaped.mean is not None and len(shaped.mean) != vit.channels:
+    if shaped.mean is not None and not fitted.known:
         notes.append(
-            f"mean and std are given for {len(shaped.mean)} channels, but the model has {vit.channels}: {vit.mean} and "
-            f"{vit.std} are taken"
+            f"mean and std are given for {len(shaped.mean)} channels, but the model has {vit.channels} others: "
+            f"{vit.mean} and {vit.std} are taken"
         )
-    if vit.channels == 3 and not (config.name or shaped.sure_of_mean):
+    if vit.channels == 3 and fitted.known and not (config.name or shaped.sure_of_mean):
         notes.append(
             f"the weights do not say which mean and std their images had; those of timm's {vit.name} are taken unless "
             "model.name says another"
@@ -145,22 +150,55 @@ def _build(config: ModelConfig, inferred: Architecture, channel_width: int | Non
     groups = config.channel_groups or inferred.channel_groups
     if inferred.recorded and inferred.channel_groups not in (None, groups):
         raise WeightsError(f"model.channel_groups is {groups}, but {config.weights} says {inferred.channel_groups}")
-    if groups is not None:
-        options.setdefault("in_chans", sum(len(group) for group in groups))
+    bands = _set_channels(options, config, groups, inferred.bands)
     try:
-        return build(name, size, options, positions=positions, channel_groups=groups, channel_width=channel_width)
+        return build(
+            name,
+            size,
+            options,
+            positions=positions,
+            channel_groups=groups,
+            channel_width=channel_width,
+            bands=bands,
+        )
     except WeightsError as error:
         if renamed and size == inferred.image_size != config.image_size:
             raise WeightsError(f"{config.weights}, for images of {size} px, does not fit {name}: {error}") from None
         raise
 
 
-def _fresh(vit: ViT, checkpoint: Checkpoint) -> tuple[str, ...]:
+def _set_channels(
+    options: dict[str, Value], config: ModelConfig, groups: Groups | None, recorded: Bands | None
+) -> Bands | None:
+    """Put the number of channels that bands or groups ask for into `options`; returns the bands, None where unknown.
+
+    Raises:
+        WeightsError: what the config says of channels contradicts itself.
+    """
+    grouped = None if groups is None else sum(len(group) for group in groups)
+    if config.bands is None:
+        if grouped is not None:
+            options.setdefault("in_chans", grouped)
+        return recorded if recorded is not None and len(recorded) == options.get("in_chans", 3) else None
+    count = len(config.bands)
+    for what, channels in (
+        ("model.options.in_chans says", config.options.get("in_chans")),
+        ("the channel groups have", grouped),
+    ):
+        if channels not in (None, count):
+            raise WeightsError(f"model.bands names {count} bands, but {what} {channels} channels; they must agree")
+    if options.get("in_chans", 3) != count:
+        options["in_chans"] = count
+    return config.bands
+
+
+def _fresh(vit: ViT, checkpoint: Checkpoint, fitted: Fitted) -> tuple[str, ...]:
     """Embeddings that a model with channel groups cannot take from weights without them."""
     if vit.channel_groups is None or "channel_embed" in checkpoint.tensors:
         return ()
-    names = (*vit.state_dict(), *checkpoint.tensors)
-    return tuple(name for name in names if name.partition(".")[0] in ("channel_embed", "pos_embed", "patch_embed"))
+    anew = ("channel_embed", "pos_embed", "patch_embed")
+    names = (*vit.state_dict(), *fitted.tensors)
+    return tuple(name for name in names if name.partition(".")[0] in anew and name not in fitted.made)
 
 
 def _native_size(name: str) -> int:

@@ -198,7 +198,7 @@ def _pictures(stage: Stage) -> Iterator[list[tuple[str, str]]]:
         return
     found = {said: stage.pictures[name] for name, said in _PICTURES.items() if name in stage.pictures}
     for row in list(zip(*found.values(), strict=False))[:_MOST_PICTURES]:
-        addresses = [figures.picture(figures.at_most(_rgb(pixels), 256), "jpeg") for pixels in row]
+        addresses = [figures.picture(figures.at_most(pixels, 256), "jpeg") for pixels in row]
         yield list(zip(found, addresses, strict=True))
 
 
@@ -207,11 +207,6 @@ def _filled(stage: Stage, shown: list[str]) -> str:
     order = f"{', '.join(shown[:-1])} and {shown[-1]}"
     given = _PREDICTED if stage.objective.get("norm_pixels") is False else _GIVEN
     return f"Random crops of training images. From left to right: {order}. {given}"
-
-
-def _rgb(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, C) as (H, W, 3): the first three channels, or the first one in grey."""
-    return pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
 
 
 def _watched(stage: Stage) -> Watched | None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from explora.bands import RGB
 from explora.config import read
 from explora.reporting import words
 from explora.reporting.folder import Chain
+
+_NAMED = 20
+"""Unreadable images that the page names; summary.json has more."""
 
 
 def trust(chain: Chain) -> Iterator[tuple[str, list[str]]]:
@@ -28,13 +32,28 @@ def trust(chain: Chain) -> Iterator[tuple[str, list[str]]]:
     skipped = {stage.name: stage.summary.get("skipped_steps", "not recorded") for stage in chain.stages}
     if skipped:
         yield "Skipped steps", [_pairs(skipped)]
+    unreadable = list(_unreadable(chain))
+    if unreadable:
+        yield "Unreadable images", unreadable
 
 
 def _shards(key: str, manifest: Mapping[str, Any]) -> str:
     images, classes = words.count(manifest.get("samples")), len(manifest.get("classes") or []) or "no"
     name, fingerprint = manifest.get("name", key), str(manifest.get("fingerprint", "?"))[:16]
     called = "" if name == key else f"{name}, "
-    return f"{key}: {called}{images} images, {classes} classes, fingerprint {fingerprint}"
+    bands = [band["name"] for band in manifest.get("pixels", {}).get("bands", [])]
+    seen = "" if not bands or tuple(bands) == RGB else f"bands {' '.join(bands)}, "
+    left = {"left out": manifest.get("left_out", 0), "duplicates": manifest.get("duplicates", 0)}
+    left |= {f"also in {other}": count for other, count in (manifest.get("overlaps") or {}).items()}
+    flaws = "".join(f"; {count} {what}" for what, count in left.items() if count)
+    return f"{key}: {called}{images} images, {classes} classes, {seen}fingerprint {fingerprint}{flaws}"
+
+
+def _unreadable(chain: Chain) -> Iterator[str]:
+    """Images that training had to skip, by stage."""
+    for stage in chain.stages:
+        if count := stage.summary.get("corrupt_images"):
+            yield f"{stage.name}: {count} skipped: {'; '.join(stage.summary.get('unreadable', [])[:_NAMED])}"
 
 
 def _environment(environment: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:

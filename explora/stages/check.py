@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from explora import config as configs
+from explora.bands import Pixels
 from explora.config import Overrides
 from explora.data import Center, ShardSet
 from explora.distributed import device_of, precision_on
@@ -26,13 +27,13 @@ from explora.stages.pipeline import RunConfig
 from explora.stages.pretrain import PretrainConfig, PretrainSection
 from explora.stages.probe import ProbeConfig
 from explora.stages.section import (
-    CHANNELS,
     TrainingSection,
     blueprint,
     fit_views,
     fitted,
     rehearse,
 )
+from explora.stages.sources import folders
 from explora.stages.training import families, learning, parameter_counts
 
 
@@ -62,8 +63,10 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         chain = configs.validate(RunConfig, raw, source)
         model, needed = chain.model, {f"data.{role}": folder for role, folder in chain.data.folders().items()}
         loaded = _sketch(model)
-        tune = None if chain.finetune is None else fitted(chain.finetune, loaded.vit)
-        yield configs.dump(chain.model_copy(update={"pretrain": fitted(chain.pretrain, loaded.vit), "finetune": tune}))
+        seen = _pixels(chain.data.pretrain or chain.data.train)
+        tune = None if chain.finetune is None else fitted(chain.finetune, loaded.vit, seen)
+        learns = fitted(chain.pretrain, loaded.vit, seen)
+        yield configs.dump(chain.model_copy(update={"pretrain": learns, "finetune": tune}))
         yield from _pretrain(chain.pretrain, model, copy.deepcopy(loaded))
         if chain.finetune is not None:
             yield from _finetune(chain.finetune, copy.deepcopy(loaded), chain.data.train)
@@ -71,16 +74,16 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         tuning = configs.validate(FinetuneConfig, raw, source)
         model, needed = tuning.model, {"train": tuning.train}
         loaded = _sketch(model)
-        yield configs.dump(fitted(tuning, loaded.vit))
+        yield configs.dump(fitted(tuning, loaded.vit, _pixels(tuning.train)))
         yield from _finetune(tuning, copy.deepcopy(loaded), tuning.train)
     else:
         training = configs.validate(PretrainConfig, raw, source)
-        model, needed = training.model, {"shards": training.shards}
-        needed |= {"monitor.shards": training.monitor.shards} if training.monitor else {}
-        loaded = _sketch(model)
-        yield configs.dump(fitted(training, loaded.vit))
+        model, loaded = training.model, _sketch(training.model)
+        needed = {**folders(training.shards)}
+        yield configs.dump(fitted(training, loaded.vit, _pixels(*needed.values())))
         yield from _pretrain(training, model, copy.deepcopy(loaded))
-    yield _missing({**needed, **_weights("model", model)}, loaded.vit)
+        needed |= {"monitor.shards": training.monitor.shards} if training.monitor else {}
+    yield _missing({**needed, **_weights("model", model)})
 
 
 def _pretrain(section: PretrainSection, model: ModelConfig, loaded: Loaded) -> Iterator[str]:
@@ -178,9 +181,13 @@ def _classes(shards: Path) -> int:
     return sum(path.is_dir() for path in shards.iterdir()) or 2 if shards.is_dir() else 2
 
 
-def _missing(needed: Mapping[str, str | None], vit: ViT | None = None) -> str:
-    """What stands in the way of a run: files that are not there yet, and channels that no shard has."""
+def _pixels(*places: str | None) -> Pixels | None:
+    """What the values of packed shards are; None where there are none yet."""
+    packed = [place for place in places if place is not None and (Path(place) / "manifest.json").is_file()]
+    return ShardSet.open(packed[0]).pixels if packed else None
+
+
+def _missing(needed: Mapping[str, str | None]) -> str:
+    """What stands in the way of a run: files that are not there yet."""
     problems = [f"{key}: {path} does not exist" for key, path in needed.items() if path and not Path(path).exists()]
-    if vit is not None and vit.channels != CHANNELS:
-        problems.append(f"model.options.in_chans: {vit.channels}, but images in shards have {CHANNELS} channels")
     return "ready to run" if not problems else "\n  ".join(["before it can run:", *problems])

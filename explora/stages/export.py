@@ -54,7 +54,7 @@ def export(run: str | Path, out: str | Path, format: FormatName = "timm") -> Pat
         stage = _stage_of(weights)
         content = _content(vit, stage, adapter)
         writer.write(folder, content)
-        text = card(_facts(vit, stage, weights, out.name), writer, content)
+        text = card(_facts(stage, weights, out.name), writer, content)
         (folder / "README.md").write_text(text, encoding="utf-8")
     for line in writer.limits(content):
         logger.info("%s: %s", format, line)
@@ -91,7 +91,7 @@ def _tail(path: Path) -> tuple[str, ...]:
     return path.parts[-3:] if path.parent.name == "best" else path.parts[-2:]
 
 
-def _facts(vit: ViT, stage: Path | None, weights: Path, title: str) -> Facts:
+def _facts(stage: Path | None, weights: Path, title: str) -> Facts:
     if stage is None:
         return Facts(title)
     config, summary = configs.parse(stage / "config.yaml"), _json(stage / "summary.json")
@@ -100,7 +100,6 @@ def _facts(vit: ViT, stage: Path | None, weights: Path, title: str) -> Facts:
         title=title,
         stage=_kind(config, summary),
         data={**_data(config, summary, stage), **_earlier(config, stage)},
-        bands="red, green, blue" if vit.channels == 3 else None,  # shards hold JPEG and PNG, decoded as RGB
         recipe=_recipe(config, summary, _json(stage / "environment.json")),
         results=results,
         watched=_watched(summary, weights),

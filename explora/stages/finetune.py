@@ -9,14 +9,15 @@ from typing import Any
 from explora import config as configs
 from explora.adapt import AnyMethod, LoRA, adapt
 from explora.config import Overrides
-from explora.data import Crop, ShardSet
+from explora.data import Crop
 from explora.distributed import gathered, on_first
 from explora.errors import ConfigError, DataError
 from explora.models import Loaded, load_model
 from explora.models.export import save_tensors
 from explora.objectives import Supervised, SupervisedConfig
 from explora.stages.result import Result
-from explora.stages.section import TrainingPlace, TrainingSection, fitted, refuse_channels, refuse_idle
+from explora.stages.section import TrainingPlace, TrainingSection, expects, fitted, refuse_idle
+from explora.stages.sources import local_set, refuse_strange_sets
 from explora.stages.training import Trained, announce, logger, opened, seeded, together, train
 
 
@@ -53,12 +54,12 @@ def finetune(source: str | Path | Mapping[str, Any], overrides: Overrides = None
 
 def _finetune(config: FinetuneConfig) -> Trained:
     seeded(config.seed)
-    shards = ShardSet.open(config.train)
+    shards = local_set(config.train, config.scratch)
     if shards.classes is None:
         raise DataError(f"{config.train}: has no labels; fine-tuning needs one folder per class before packing")
     loaded = load_model(config.model)
-    refuse_channels(loaded.vit)
-    config = fitted(config, loaded.vit)
+    config = fitted(config, loaded.vit, shards.pixels)
+    refuse_strange_sets(shards, config.views)
     objective = build(config, loaded, len(shards.classes))
     refuse_idle(config, objective, len(shards))
     with opened(config) as run:
@@ -83,6 +84,6 @@ def build(section: FinetuneSection, source: Loaded, classes: int) -> Supervised:
             f"{section.images_at_once} images; choose an even batch_size / micro_batches / ranks"
         )
     vit = source.vit
-    vit.mean, vit.std = section.views.mean, section.views.std  # what it learns from is what it expects from now on
+    expects(vit, section.views)
     adapt(vit, section.adapt)
     return Supervised(section.objective, vit, classes)

@@ -3,58 +3,111 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from explora import config as configs
+from explora.bands import Pixels
 from explora.data import SHARD_MB, Recipe, ShardSet
 from explora.data import pack as write_shards
+from explora.data.crew import Progress
 from explora.errors import DataError
 from explora.stages.training import logger
 
 RECIPES = "explora.recipes"
 """Entry point group: each is a `Recipe`."""
+SHARDS = "shards"
+"""Folder for the shards that are not given one."""
+LOG_EVERY = 10.0
+"""Seconds between two lines on progress where there is no terminal."""
 
 _SPLITS = frozenset({"train", "test", "val", "validation"})
 
 
-def pack(root: str | Path, out: str | Path, recipe: str = "folder", shard_mb: int = SHARD_MB) -> ShardSet:
+def pack(
+    root: str | Path,
+    out: str | Path | None = None,
+    recipe: str = "folder",
+    split: str | None = None,
+    name: str | None = None,
+    shard_mb: int = SHARD_MB,
+    workers: int | None = None,
+    against: Sequence[str | Path] = (),
+    pixels: str | Path | Mapping[str, Any] | None = None,
+) -> ShardSet:
     """Pack the images below `root` into WebDataset shards in the new folder `out`.
 
-    The shards take the name of the folder, or of the one above where it is only called train, test or val.
+    After a kill, the same call goes on from the shards that are finished.
 
     Args:
         root: where the data set lies.
-        out: new folder; an existing one is refused.
+        out: new folder; an existing one is refused. None makes it `shards/<name>`.
         recipe: how the data set is laid out; see `recipes()`.
+        split: the part of the data set to pack; None packs all of it.
+        name: what to call the data. None takes the name of the folder, or of the one above where it is only called
+            train, test or val; for any other recipe than `folder`, that of the recipe and the split.
         shard_mb: size of a shard in MiB.
+        workers: processes; 0 works in this one, None takes as many as there are cores.
+        against: folders of shards, such as those of the test split, that should have no image in common with these;
+            what they have is counted in the manifest and warned of.
+        pixels: a YAML file, or a mapping, that says what the stored values mean: `Pixels`, with `bands` as a list of
+            names; None leaves it to the recipe, 8-bit RGB for `folder` and `table`.
 
     Raises:
+        ConfigError: a mistake in `pixels`.
         DataError: unknown recipe, missing or empty folder, existing `out`, or no space.
+        RunError: a worker process was killed.
     """
-    listing = recipe_of(recipe)(Path(root), None)
-    with tqdm(unit="img", desc=f"packing {root}", disable=None) as bar:
-        shards = write_shards(
+    others = [ShardSet.open(other) for other in against]
+    listing = recipe_of(recipe)(Path(root), split)
+    if pixels is not None:
+        listing = listing._replace(pixels=configs.load(Pixels, pixels))
+    name = name or _name(Path(root), recipe, split)
+    with watched(f"packing {root}") as progress:
+        return write_shards(
             listing,
-            out,
-            name=_name(Path(root).resolve()),
+            Path(SHARDS, name) if out is None else out,
+            name=name,
             shard_bytes=shard_mb * 2**20,
-            progress=bar_at(bar),
+            workers=workers,
+            against=others,
+            progress=progress,
         )
-    for skipped in shards.skipped[:10]:
-        logger.warning("skipped %s: %s", skipped.path, skipped.reason)
-    logger.info(
-        "%s: %d images in %d shard(s), %s, %d skipped",
-        *(out, len(shards), len(shards.manifest.shards)),
-        f"{len(shards.classes)} classes" if shards.classes else "no labels",
-        len(shards.skipped),
-    )
-    return shards
 
 
-def _name(root: Path) -> str:
-    return root.parent.name if root.name.lower() in _SPLITS and root.parent.name else root.name
+def _name(root: Path, recipe: str, split: str | None) -> str:
+    if recipe != "folder":
+        return f"{recipe}-{split}" if split else recipe
+    folder = Path(root, split or "").resolve()
+    return folder.parent.name if folder.name.lower() in _SPLITS and folder.parent.name else folder.name
+
+
+@contextmanager
+def watched(what: str) -> Iterator[Progress]:
+    """A progress bar on a terminal, elsewhere a line in the log every ten seconds."""
+    with tqdm(unit="img", desc=what, disable=None) as bar:
+        before = 0
+        start = said = time.monotonic()
+
+        def move(done: int, total: int) -> None:
+            nonlocal before, said
+            now = time.monotonic()
+            if not bar.disable:
+                bar.total = total or None
+                bar.update(done - bar.n)
+            elif now - said >= LOG_EVERY:
+                rate = (done - before) / (now - said)
+                left = f", {tqdm.format_interval(int((total - done) / rate))} left" if total and rate else ""
+                of = f" of {total}" if total else ""
+                logger.info("%s: %d%s images after %.0f s, %.0f a second%s", what, done, of, now - start, rate, left)
+                before, said = done, now
+
+        yield move
 
 
 def bar_at(bar: tqdm) -> Callable[[int], None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from explora import config as configs
+from explora.bands import RGB, Pixels
 from explora.config import Config, Overrides
-from explora.data import ShardSet
+from explora.data import Center, ShardSet, overlap, whole_range
 from explora.distributed import on_first, rank
 from explora.errors import ConfigError, DataError, RunError
 from explora.models import ModelConfig
@@ -24,7 +24,7 @@ from explora.stages.pack import pack, recipe_of
 from explora.stages.pretrain import PretrainSection, pretrain
 from explora.stages.pretrain import build as build_pretrain
 from explora.stages.probe import ProbeSection, check_source, judge
-from explora.stages.section import blueprint, refuse_channels, rehearse
+from explora.stages.section import blueprint, rehearse
 from explora.stages.training import logger, opened, together
 
 Stage = Literal["pack", "pretrain", "finetune", "probe", "report"]
@@ -46,6 +46,8 @@ class DataConfig(Config):
     """Labelled source-domain images that only judge."""
     recipe: str = "folder"
     """How the folders are laid out."""
+    pixels: Pixels | None = None
+    """What the values of raw images mean, where the recipe does not know: bands, dtype, unit, scale, offset."""
 
     @model_validator(mode="after")
     def _whole_source(self) -> DataConfig:
@@ -54,7 +56,7 @@ class DataConfig(Config):
 
     def folders(self) -> dict[str, str]:
         """What is given, by role."""
-        return {role: folder for role, folder in self if role != "recipe" and folder is not None}
+        return {role: folder for role, folder in self if role not in ("recipe", "pixels") and folder is not None}
 
 
 class RunConfig(Config):
@@ -101,6 +103,7 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, sta
             if "pack" in stages:
                 on_first(lambda: _rehearse(config, out / "shards"))
                 on_first(lambda: _pack(out / "shards", config.data))
+                on_first(lambda: _warn_of_leaks(out / "shards"))
             else:
                 on_first(lambda: _refuse_early(config, stages[0]))
             if "pretrain" in stages:
@@ -110,7 +113,7 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, sta
     if alone and not {"probe", "report"}.isdisjoint(stages):
         with opened(config) as chain:
             if "probe" in stages:
-                judge({**_given(config, "probe"), "models": _models(config), **_judged(config)})
+                judge({**_given(config, "probe"), **_alike(config), "models": _models(config), **_judged(config)})
             if "report" in stages:
                 chain.finish({"stage": "run"})
                 report(out)
@@ -131,19 +134,22 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
 def _rehearse(config: RunConfig, shards: Path) -> None:
     """Meet now the mistakes that the last stage would meet after hours."""
     counts = {}
+    source = blueprint(config.model)
     for role, origin in config.data.folders().items():
         if (shards / role).exists():
             origin = str(shards / role)
-        classes = (
-            ShardSet.open(origin).classes
-            if _packed(origin)
-            else recipe_of(config.data.recipe)(Path(origin), None).classes
-        )
-        if classes is None and role != "pretrain":
+        packed = ShardSet.open(origin) if _packed(origin) else None
+        found = packed or recipe_of(config.data.recipe)(Path(origin), None)
+        if found.classes is None and role != "pretrain":
             raise DataError(f"data.{role}: {origin} has no labels; the probe needs one folder per class")
-        counts[role] = len(classes or ())
-    source = blueprint(config.model)
-    refuse_channels(source.vit)
+        counts[role] = len(found.classes or ())
+        held = (found.pixels if packed or config.data.pixels is None else config.data.pixels).names
+        absent = [band for band in source.vit.bands or () if band not in held]
+        if absent:
+            raise DataError(
+                f"data.{role}: {origin} has the bands {', '.join(held)}, but the model takes "
+                f"{', '.join(absent)} too; set model.bands to what all sets have"
+            )
     rehearse(config.pretrain, copy.deepcopy(source), build_pretrain)
     if config.finetune is not None:
         rehearse(config.finetune, source, partial(build_finetune, classes=counts["train"]))
@@ -200,6 +206,16 @@ def _models(config: RunConfig) -> dict[str, Any]:
     return models
 
 
+def _alike(config: RunConfig) -> dict[str, Any]:
+    """The view that all models are judged by where values had to be scaled: that of the pretraining."""
+    given = config.probe.view or Center()
+    views = configs.parse(Path(config.out) / "pretrain" / "config.yaml")["views"]
+    if given.scaling is not None or views["scaling"] == whole_range(RGB).model_dump(mode="json"):
+        return {}
+    same = {key: views[key] for key in ("scaling", "mean", "std")}
+    return {"view": {**given.model_dump(mode="json", exclude_unset=True), **same}}
+
+
 def _shards(config: RunConfig) -> dict[str, str]:
     """Shard folders by role, where packing leaves them."""
     return {role: str(Path(config.out) / "shards" / role) for role in config.data.folders()}
@@ -207,6 +223,7 @@ def _shards(config: RunConfig) -> dict[str, str]:
 
 def _pack(folder: Path, data: DataConfig) -> None:
     """Pack raw folders, link packed ones, so that the run holds them all."""
+    pixels = None if data.pixels is None else data.pixels.model_dump(mode="json")
     for role, origin in data.folders().items():
         if (folder / role).exists():
             _refuse_changed(folder / role, role, origin, data.recipe)
@@ -215,9 +232,16 @@ def _pack(folder: Path, data: DataConfig) -> None:
             (folder / role).unlink(missing_ok=True)  # a link whose target has moved
             (folder / role).symlink_to(Path(origin).resolve())
         else:
-            for left in folder.glob(f".{role}.*.partial"):  # a kill came in the middle of packing
-                shutil.rmtree(left, ignore_errors=True)
-            pack(origin, folder / role, recipe=data.recipe)
+            pack(origin, folder / role, recipe=data.recipe, pixels=pixels)
+
+
+def _warn_of_leaks(folder: Path) -> None:
+    """Say which images would judge what they have taught."""
+    for taught, judges in (("train", "test"), ("pretrain", "test"), ("source_train", "source_test")):
+        if (folder / taught).exists() and (folder / judges).exists():
+            a, b = ShardSet.open(folder / taught), ShardSet.open(folder / judges)
+            if leaked := len(overlap(b, a)):
+                logger.warning("data.%s: %d of its %d images are in data.%s, too", judges, leaked, len(b), taught)
 
 
 def _refuse_changed(shards: Path, role: str, origin: str, recipe: str) -> None:
@@ -225,7 +249,7 @@ def _refuse_changed(shards: Path, role: str, origin: str, recipe: str) -> None:
     if shards.is_symlink() or not Path(origin).exists():
         return
     packed = ShardSet.open(shards)
-    before, now = len(packed) + len(packed.skipped), sum(1 for _ in recipe_of(recipe)(Path(origin), None).samples)
+    before, now = len(packed) + packed.manifest.left_out, sum(1 for _ in recipe_of(recipe)(Path(origin), None).samples)
     if now != before:
         raise DataError(
             f"data.{role}: {origin} has changed since its images were packed: {now} images now, {before} then; "

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from explora import config as configs
 from explora.adapt import AnyMethod, ExPLoRA, adapt
 from explora.config import Overrides
-from explora.data import Center, Key, MaskedCrop, MultiCrop, ShardSet, crops
+from explora.data import Center, Key, MaskedCrop, Mixture, MultiCrop, RemoteSet, ShardSet, crops
 from explora.distributed import autocast, on_first
 from explora.engine import Monitor, MonitorConfig
 from explora.errors import ConfigError
@@ -23,11 +23,12 @@ from explora.stages.result import Result
 from explora.stages.section import (
     TrainingPlace,
     TrainingSection,
+    expects,
     fit_views,
     fitted,
-    refuse_channels,
     refuse_idle,
 )
+from explora.stages.sources import AnySet, Sources, opened_set, refuse_strange_sets
 from explora.stages.training import Trained, announce, logger, opened, seeded, together, train
 
 _VIEWS = {"dinov2": "multicrop", "mae": "masked_crop"}
@@ -72,8 +73,9 @@ class PretrainSection(TrainingSection):
 class PretrainConfig(TrainingPlace, PretrainSection):
     """Config of `explora pretrain`."""
 
-    shards: str
-    """Folder that `explora pack` wrote; labels in it only serve the monitor, they never teach."""
+    shards: Sources
+    """Folder that `explora pack` wrote, several as [{path, weight}, ...], or tars from afar as a URL or {urls, ...};
+    labels in them only serve the monitor, they never teach."""
 
 
 def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> Trained:
@@ -89,12 +91,12 @@ def pretrain(source: str | Path | Mapping[str, Any], overrides: Overrides = None
 
 def _pretrain(config: PretrainConfig) -> Trained:
     seeded(config.seed)
-    shards = ShardSet.open(config.shards)
+    images = opened_set(config.shards, config.scratch)
     loaded = load_model(config.model)
-    refuse_channels(loaded.vit)
-    config = fitted(config, loaded.vit)
+    config = fitted(config, loaded.vit, images.pixels)
+    refuse_strange_sets(images, config.views)
     objective = build(config, loaded)
-    refuse_idle(config, objective, len(shards))
+    refuse_idle(config, objective, len(images))
     with opened(config) as run:
         done = on_first(lambda: run.summary)
         if done is not None:
@@ -104,9 +106,10 @@ def _pretrain(config: PretrainConfig) -> Trained:
         if isinstance(objective, MAE) and objective.decoder.anew:
             logger.info("weights: %s", objective.decoder.anew)
         result = Result(objective, config.adapt)
-        watch = _monitor(config, objective, lambda: result.save(run.folder / "best"))
-        summary = train(run, config, config.seed, objective, result, shards, "pretrain", watch)
-        _show(run.folder, objective, config, shards)
+        watch = _monitor(config, objective, images, lambda: result.save(run.folder / "best"))
+        summary = train(run, config, config.seed, objective, result, images, "pretrain", watch)
+        if not isinstance(images, RemoteSet):
+            _show(run.folder, objective, config, images)
         return Trained.of(run, run.finish(summary))
 
 
@@ -118,7 +121,7 @@ def build(section: PretrainSection, source: Loaded) -> Objective:
             objective.
     """
     vit = source.vit
-    vit.mean, vit.std = section.views.mean, section.views.std  # what it learns from is what it expects from now on
+    expects(vit, section.views)
     if not adapt(vit, section.adapt):
         raise ConfigError(f"adapt: '{section.adapt.name}' trains nothing of the backbone; choose explora, lora or full")
     fresh = () if source.account is None else source.account.fresh
@@ -135,14 +138,20 @@ def build(section: PretrainSection, source: Loaded) -> Objective:
     return DINOv2(section.objective, vit, section.batch_size, section.images_at_once)
 
 
-def _monitor(config: PretrainConfig, objective: Objective, on_best: Callable[[], None]) -> Monitor | None:
+def _monitor(
+    config: PretrainConfig, objective: Objective, images: AnySet, on_best: Callable[[], None]
+) -> Monitor | None:
     if config.monitor is None:
         return None
-    watched = ShardSet.open(config.monitor.shards or config.shards)
-    return Monitor(config.monitor, watched, fit_views(Center(), objective.backbone), on_best)
+    watched = images if config.monitor.shards is None else ShardSet.open(config.monitor.shards)
+    if isinstance(watched, RemoteSet):
+        raise ConfigError(
+            "monitor.shards is needed: images from afar cannot be looked at again; or set monitor to null"
+        )
+    return Monitor(config.monitor, watched, fit_views(Center(), objective.backbone, watched.pixels), on_best)
 
 
-def _show(folder: Path, objective: Objective, config: PretrainConfig, shards: ShardSet) -> None:
+def _show(folder: Path, objective: Objective, config: PretrainConfig, shards: ShardSet | Mixture) -> None:
     """Leave the pictures of an objective that has some: uint8 (n, H, W, C) by name, of images all over the set."""
     chosen = np.linspace(0, len(shards) - 1, min(_PICTURES, len(shards)), dtype=int).tolist()
     batch = crops(shards, config.views, [Key(config.seed, 0, index) for index in chosen])

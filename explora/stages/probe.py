@@ -39,7 +39,8 @@ from explora.objectives.supervised import classify
 from explora.reporting import results_table
 from explora.runs import Run, save_arrays, write_atomically
 from explora.stages.pack import bar_at
-from explora.stages.section import fit_views, refuse_channels
+from explora.stages.section import fit_views
+from explora.stages.sources import refuse_strange_sets
 from explora.stages.training import seeded
 
 logger = logging.getLogger("explora")
@@ -160,7 +161,7 @@ def judge(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
         pictures: dict[str, np.ndarray] = {}
         baseline: dict[str, Features] = {}
         for name, model in config.models.items():
-            probed = _Probed(config, run.folder, name, model)
+            probed = _Probed(config, run.folder, name, model, sets["train"])
             features = {key: probed.features(shards) for key, shards in sets.items()}
             baseline = baseline or features
             judged += probed.judge(features)
@@ -180,14 +181,14 @@ SETS = ("train", "test", "source_train", "source_test")
 class _Probed:
     """One model under the probe."""
 
-    def __init__(self, config: ProbeConfig, folder: Path, name: str, model: ProbedModel) -> None:
+    def __init__(self, config: ProbeConfig, folder: Path, name: str, model: ProbedModel, fitted_on: ShardSet) -> None:
         self.config, self.name, self.knows_labels = config, name, model.head is not None
         seeded(config.seed)
         self.vit, account, *_ = load_model(model)
         logger.info("%s: %s, %s", name, self.vit.name, account or "random weights")
         self.hash = fingerprint(self.vit.state_dict())
-        refuse_channels(self.vit)
-        self.view = fit_views(config.view or Center(), self.vit)
+        self.view = fit_views(config.view or Center(), self.vit, fitted_on.pixels)
+        refuse_strange_sets(fitted_on, self.view)
         self.device = device_of(config.device)
         self.cache = Path(config.cache) if config.cache else folder / "features"
         self.vit.to(self.device).eval()
@@ -257,12 +258,11 @@ class _Probed:
         if count == 0:
             return {}
         chosen = np.linspace(0, len(shards) - 1, count).round().astype(int)
-        pixels = crops(shards, self.view, [Key(0, 0, int(i)) for i in chosen])["image"]
-        batch = self.view.finish({"image": pixels.to(self.device)})
-        patches = self.vit.features(batch["image"]).patches.cpu()
-        colours = pca_pictures(patches, like)
+        batch = crops(shards, self.view, [Key(0, 0, int(i)) for i in chosen])
+        images = self.view.finish({name: value.to(self.device) for name, value in batch.items()})["image"]
+        colours = pca_pictures(self.vit.features(images).patches.cpu(), like)
         out = {f"{self.name}__pca": colours}
-        return out if like is not None else {**out, "images": pixels.permute(0, 2, 3, 1).numpy()}
+        return out if like is not None else {**out, "images": self.view.pixels(images)}
 
 
 def _drift(model: str, before: Mapping[str, Features], after: Mapping[str, Features]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -10,20 +11,30 @@ from pydantic import Field, field_validator, model_validator
 
 from explora import config as configs
 from explora.adapt import AnyMethod
+from explora.bands import RGB, Pixels, Scaling
 from explora.config import Config
-from explora.data import AnyViews, ShardSet, Stream, Views
+from explora.data import (
+    AnyStream,
+    AnyViews,
+    Order,
+    RemoteSet,
+    RemoteStream,
+    Stream,
+    Views,
+    normalisation,
+    settle,
+    whole_range,
+)
 from explora.distributed import rank, size
 from explora.engine import LoopConfig, OptimConfig, parameter_groups
 from explora.errors import ConfigError
 from explora.models import Loaded, ModelConfig, ViT, load_model
 from explora.objectives import Objective
 from explora.schedules import Length, LengthField, Progress
+from explora.stages.sources import AnySet
 
 V = TypeVar("V", bound=Views)
 S = TypeVar("S", bound="TrainingSection")
-
-CHANNELS = 3
-"""What `explora pack` writes: red, green, blue."""
 
 
 class TrainingSection(Config):
@@ -37,10 +48,16 @@ class TrainingSection(Config):
     """Parts that each rank cuts its images of a step into to save memory; gradients are those of the whole batch."""
     workers: int = Field(0, ge=0, json_schema_extra=configs.free)
     """Processes on each rank that decode and crop; 0 does it in the main one."""
+    order: Order = Order()
+    """In which order images come."""
+    max_corrupt: float = Field(0.001, ge=0, lt=1)
+    """Share of images that may turn out unreadable, and are skipped, before the run stops."""
+    scratch: str | None = Field(None, json_schema_extra=configs.free)
+    """Folder on each node's own disk that shards are copied to first; null reads them where they are."""
     adapt: AnyMethod
     """Which part of the backbone may change, and how."""
     views: AnyViews
-    """What is made of an image; sizes, mean and std that are left out follow the backbone."""
+    """What is made of an image; bands, sizes, mean and std that are left out follow the backbone."""
     optim: OptimConfig = OptimConfig()
     """Learning rates, their schedule and weight decay."""
     loop: LoopConfig = LoopConfig()
@@ -75,10 +92,14 @@ class TrainingSection(Config):
             )
         return self.batch_size // parts
 
-    def stream(self, shards: ShardSet, seed: int) -> Stream:
+    def stream(self, images: AnySet, seed: int) -> AnyStream:
         """This rank's micro-batches of the run, in its order."""
-        return Stream(
-            shards,
+        make = (
+            partial(Stream, images, order=self.order)
+            if not isinstance(images, RemoteSet)
+            else partial(RemoteStream, images)
+        )
+        return make(
             self.views,
             batch_size=self.batch_size,
             seed=seed,
@@ -86,6 +107,7 @@ class TrainingSection(Config):
             micro_batches=self.micro_batches,
             rank=rank(),
             ranks=size(),
+            max_corrupt=self.max_corrupt,
         )
 
 
@@ -100,16 +122,27 @@ class TrainingPlace(Config):
     """The backbone to start from."""
 
 
-def fit_views(views: V, vit: ViT) -> V:
-    """Fill what the config left open with the backbone's own: patch size, image size, mean and std.
+def fit_views(views: V, vit: ViT, pixels: Pixels | None = None) -> V:
+    """Fill what the config left open with the backbone's own: bands, patch size, image size, mean and std.
+
+    Args:
+        pixels: what the images' values mean; the range that becomes [0, 1] is settled by their statistics where
+            neither the config nor the backbone says one. None where they are not known yet.
 
     Raises:
-        ConfigError: a crop size does not fit the patches.
+        ConfigError: a crop size does not fit the patches, or the bands or the range not the backbone.
+        DataError: statistics are needed, but the shards have none.
     """
     patch = vit.patch_size
+    bands = _bands(views, vit, pixels)
+    scaled: Views = views.model_copy(update={"bands": bands})
+    if pixels is not None:
+        scaled = settle(scaled, pixels, vit.scaling)
+    mean, std = _normalisation(vit, scaled, pixels)
     facts = {
-        "mean": vit.mean,
-        "std": vit.std,
+        "bands": bands,
+        "mean": mean,
+        "std": std,
         "patch_size": patch,
         "groups": vit.groups,
         "size": vit.image_size,
@@ -121,12 +154,43 @@ def fit_views(views: V, vit: ViT) -> V:
         for name, value in facts.items()
         if name in type(views).model_fields and name not in views.model_fields_set
     }
-    fit = configs.validate(type(views), {**views.model_dump(exclude_unset=True), **open_fields}, "views")
+    given = views.model_dump(exclude_unset=True)
+    fit = configs.validate(type(views), {**given, **open_fields, "scaling": scaled.scaling}, "views")
     written = fit.model_dump()
     for key, own in (("patch_size", patch), ("groups", vit.groups)):
         if written.get(key, own) != own:
             raise ConfigError(f"views.{key}: {written[key]}, but that of {vit.name} is {own}; leave it out")
-    for side in fit.sides():
+    _refuse_sides(fit, patch)
+    return fit
+
+
+def _bands(views: Views, vit: ViT, pixels: Pixels | None) -> tuple[str, ...]:
+    if "bands" in views.model_fields_set:
+        if len(views.bands) != vit.channels or vit.bands not in (None, views.bands):
+            own = ", ".join(vit.bands) if vit.bands else f"{vit.channels} channels"
+            raise ConfigError(f"views.bands: {', '.join(views.bands)}, but {vit.name} takes {own}; set model.bands")
+        return views.bands
+    if vit.bands is not None:
+        return vit.bands
+    if pixels is None or len(pixels.names) == vit.channels:
+        return pixels.names if pixels else tuple(f"band{number}" for number in range(vit.channels))
+    raise ConfigError(
+        f"model.bands is needed: {vit.name} takes {vit.channels} channels, and nothing says which of "
+        f"{', '.join(pixels.names)} they are"
+    )
+
+
+def _normalisation(vit: ViT, views: Views, pixels: Pixels | None) -> tuple[tuple[float, ...], ...]:
+    """Mean and std of the scaled bands: the backbone's where it has seen such, else those of the images."""
+    scaling = views.scaling
+    known = vit.scaling or (whole_range(RGB) if vit.bands == RGB else None)  # weights of others have seen photographs
+    if pixels is None or not isinstance(scaling, Scaling) or scaling == known:
+        return vit.mean, vit.std
+    return normalisation(pixels, scaling, views.bands)
+
+
+def _refuse_sides(views: Views, patch: int) -> None:
+    for side in views.sides():
         if side < 2 * patch:
             raise ConfigError(
                 f"views: a crop of {side} px is less than two patches of {patch} px; use {2 * patch} or more"
@@ -136,7 +200,12 @@ def fit_views(views: V, vit: ViT) -> V:
             raise ConfigError(
                 f"views: a crop of {side} px is no multiple of the patch size {patch}; use {low} or {low + patch}"
             )
-    return fit
+
+
+def expects(vit: ViT, views: Views) -> None:
+    """Record in a backbone what it learns from, which is what it expects from now on."""
+    vit.mean, vit.std, vit.bands = views.mean, views.std, views.bands
+    vit.scaling = views.scaling if isinstance(views.scaling, Scaling) else None
 
 
 def blueprint(model: ModelConfig) -> Loaded:
@@ -167,13 +236,13 @@ def rehearse(section: S, source: Loaded, build: Callable[[S, Loaded], Objective]
     return objective
 
 
-def fitted(section: S, vit: ViT) -> S:
+def fitted(section: S, vit: ViT, pixels: Pixels | None = None) -> S:
     """The section with the views that it will use.
 
     Raises:
-        ConfigError: see `fit_views`.
+        ConfigError, DataError: see `fit_views`.
     """
-    return section.model_copy(update={"views": fit_views(section.views, vit)})
+    return section.model_copy(update={"views": fit_views(section.views, vit, pixels)})
 
 
 def refuse_idle(section: TrainingSection, objective: Objective, samples: int) -> None:
@@ -188,16 +257,6 @@ def refuse_idle(section: TrainingSection, objective: Objective, samples: int) ->
             f"objective: head_warmup and backbone_ramp leave the backbone a rate of 0 in all {progress.steps} steps, "
             "so it would learn nothing; shorten them"
         )
-
-
-def refuse_channels(vit: ViT) -> None:
-    """Refuse to feed a model what its patch embedding does not take.
-
-    Raises:
-        ConfigError: it is made for other than the three channels that shards have.
-    """
-    if vit.channels != CHANNELS:
-        raise ConfigError(f"model.options.in_chans: {vit.channels}, but images in shards have {CHANNELS} channels")
 
 
 def progress_of(config: TrainingSection, samples: int) -> Progress:

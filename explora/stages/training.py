@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from explora import config as configs
-from explora.data import ShardSet
 from explora.distributed import Parallel, choose, device_of, joined, local_size, of_all, on_first, precision_on, size
 from explora.engine import LoopConfig, Monitor, Optimizer, Outcome, Seen, Training
 from explora.errors import RunError
@@ -24,6 +23,7 @@ from explora.schedules import Progress
 from explora.stages.memory import memory_of, sizes
 from explora.stages.result import Result
 from explora.stages.section import TrainingSection, progress_of
+from explora.stages.sources import AnySet
 
 logger = logging.getLogger("explora")
 
@@ -66,19 +66,19 @@ def train(
     seed: int,
     objective: Objective,
     result: Result,
-    shards: ShardSet,
+    images: AnySet,
     stage: str,
     monitor: Monitor | None = None,
 ) -> dict[str, Any]:
     """Train to the end and export the result; returns the summary, which the caller writes last."""
-    progress = progress_of(config, len(shards))
+    progress = progress_of(config, len(images))
     counts = parameter_counts(objective)
     trained = families(learning(objective.backbone))
     base = fingerprint(objective.base())
-    _refuse_unlike({"frozen weights": base, "shards": shards.fingerprint, "config": configs.dump(config)})
+    _refuse_unlike({"frozen weights": base, "shards": images.fingerprint, "config": configs.dump(config)})
     parallel = _parallel(config, objective)
     optimizer = Optimizer(config.optim, objective, config.batch_size)
-    stream = config.stream(shards, seed)
+    stream = config.stream(images, seed)
     training = Training(config.loop, run, parallel, optimizer, stream, config.views, progress, seed, monitor, base)
     logger.info(
         "%s: %d steps of %d images on %s; %s of %s backbone parameters train%s; peak lr %.2e",
@@ -93,7 +93,12 @@ def train(
     return {
         "stage": stage,
         "model": objective.backbone.name,
-        "data": {"name": shards.name, "samples": len(shards), "fingerprint": shards.fingerprint},
+        "data": {
+            "name": images.name,
+            "samples": len(images),
+            "fingerprint": images.fingerprint,
+            "bands": list(config.views.bands),
+        },
         "method": config.adapt.name,
         "objective": type(objective).__name__.lower(),
         **counts,
@@ -156,6 +161,8 @@ def _cost(progress: Progress, outcome: Outcome) -> dict[str, Any]:
         "images": images,
         "images_per_second": round(images / outcome.seconds, 2),
         "skipped_steps": outcome.skipped,
+        "corrupt_images": outcome.corrupt,
+        **({"unreadable": list(outcome.unreadable.values())} if outcome.unreadable else {}),
     }
 
 

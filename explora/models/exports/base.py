@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,18 @@ from typing import Any, ClassVar
 from safetensors.torch import save
 from torch import Tensor
 
+from explora.bands import RGB, Unit
 from explora.errors import RunError
 from explora.models.vit import ViT
 from explora.runs import sync
+
+UNITS: Mapping[Unit, str] = {
+    "level": "display levels in [0, 1]",
+    "dn": "raw counts",
+    "reflectance": "reflectance",
+    "decibel": "decibels",
+}
+"""Units in words."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +112,37 @@ def reading(vit: ViT, weights: str) -> str:
     """The Python expression that reads `weights` (an expression itself) into this architecture through explora."""
     facts: dict[str, Any] = {"name": vit.name, "options": vit.options, "image_size": vit.image_size}
     facts |= {"positions": vit.position_mode, "channel_groups": vit.channel_groups}
+    facts |= {"bands": None if vit.bands == RGB and vit.channel_groups is None else vit.bands}
     words = [f"{name}={value!r}" for name, value in facts.items() if value]
     return f"load_model(ModelConfig(weights={weights}, {', '.join(words)})).vit.eval()"
 
 
-def batch(content: Content) -> str:
-    """Python that makes `images`, a normalised batch (B, C, H, W), from pixels."""
-    vit = content.vit
-    return f"""\
-pixels = torch.zeros(2, {vit.channels}, {vit.image_size}, {vit.image_size}, dtype=torch.uint8)  # your images
-mean = torch.tensor({list(vit.mean)}).view(-1, 1, 1)
-std = torch.tensor({list(vit.std)}).view(-1, 1, 1)
-images = (pixels / 255 - mean) / std"""
+def levels(vit: ViT) -> bool:
+    """Whether images are display levels, as 8-bit pictures are, and no other range becomes 0 to 1."""
+    scaling = vit.scaling
+    return scaling is None or (scaling.unit == "level" and {*scaling.low} == {0.0} and {*scaling.high} == {1.0})
+
+
+def batch(content: Content, *, numpy: bool = False) -> str:
+    """Python that makes `images`, a normalised batch (B, C, H, W), from pixels or, of other ranges, from values."""
+    vit, scaling = content.vit, content.vit.scaling
+    shape = f"2, {vit.channels}, {vit.image_size}, {vit.image_size}"
+
+    def zeros(kind: str) -> str:
+        return f"np.zeros(({shape}), dtype=np.{kind})" if numpy else f"torch.zeros({shape}, dtype=torch.{kind})"
+
+    def column(name: str, values: Iterable[float]) -> str:
+        made = "np.array({}, dtype=np.float32).reshape" if numpy else "torch.tensor({}).view"
+        return f"{name} = {made.format(list(values))}(-1, 1, 1)"
+
+    named = "" if vit.bands in (None, RGB) else f", the bands {', '.join(vit.bands or ())}"
+    after = [column("mean", vit.mean), column("std", vit.std)]
+    if scaling is None or levels(vit):
+        unit = "pixels.astype(np.float32) / 255" if numpy else "pixels / 255"
+        lines = [f"pixels = {zeros('uint8')}  # your images{named}", *after, f"images = ({unit} - mean) / std"]
+    else:
+        said = f"  # your images in {UNITS[scaling.unit]}{named}"
+        ends = [column("low", scaling.low), column("high", scaling.high)]
+        made = "images = (((values - low) / (high - low)).clip(0, 1) - mean) / std"
+        lines = [f"values = {zeros('float32')}{said}", *ends, *after, made]
+    return "\n".join(lines)

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from explora.models.exports.base import Content, Format
+from explora.bands import RGB
+from explora.models.exports.base import UNITS, Content, Format, levels
+from explora.models.vit import ViT
 
 UNKNOWN = "unknown"
 """The licence of weights of which nobody recorded one; the hub has a tag of this name."""
@@ -25,8 +27,6 @@ class Facts:
     """`pretrain`, `finetune`, or None for a weights file without a run."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """name, samples and fingerprint of the shards, as far as they are known; rows about earlier stages."""
-    bands: str | None = None
-    """What the channels of the training images were, where somebody knows."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """What was done, a word for each line."""
     results: Sequence[Mapping[str, Any]] = ()
@@ -90,13 +90,29 @@ def _source(facts: Facts, content: Content) -> str:
 
 
 def _data(facts: Facts, content: Content) -> str:
-    channels = content.vit.channels
-    rows = dict(facts.data)
-    unknown = f"{channels} channels, in the order of the training images; bands are not recorded"
-    scaled = "uint8, divided by 255, " if facts.bands else ""
-    rows |= {"bands": facts.bands or unknown, "units": f"{scaled}minus mean, divided by std"}
-    rows |= {"mean": content.vit.mean, "std": content.vit.std}
-    return ("" if facts.data else "What it was trained on is not known here.\n\n") + _table(rows)
+    vit = content.vit
+    unknown = f"{vit.channels} channels, in the order of the training images; bands are not recorded"
+    named = "red, green, blue" if vit.bands == RGB else ", ".join(vit.bands or ())
+    rows = {**facts.data, "bands": named or unknown}
+    if vit.scaling is None or levels(vit):
+        told = vit.bands == RGB or vit.scaling is not None
+        rows |= {"units": f"{'uint8, divided by 255, ' if told else ''}minus mean, divided by std"}
+        ranges = ""
+    else:
+        unit = UNITS[vit.scaling.unit]
+        rows |= {"units": f"{unit}; low to high becomes 0 to 1, what is beyond is clipped, minus mean, divided by std"}
+        ranges = "\n\n" + _ranges(vit, unit)
+    rows |= {"mean": vit.mean, "std": vit.std}
+    return ("" if facts.data else "What it was trained on is not known here.\n\n") + _table(rows) + ranges
+
+
+def _ranges(vit: ViT, unit: str) -> str:
+    """Which values of each band become 0 and 1."""
+    assert vit.scaling is not None
+    names = vit.bands or tuple(map(str, range(vit.channels)))
+    lines = [f"| band | low, {unit} | high, {unit} |", "|---|---|---|"]
+    each = zip(names, vit.scaling.low, vit.scaling.high, strict=True)
+    return "\n".join([*lines, *(f"| {name} | {low:g} | {high:g} |" for name, low, high in each)])
 
 
 def _recipe(facts: Facts) -> str:
@@ -146,10 +162,17 @@ def _limits(facts: Facts, format: Format, content: Content) -> str:
     lines = [
         "It encodes images; it has no head for a task.",
         "It was made for imagery like its training data: another sensor, season or resolution needs its own test.",
+        *_preparing(content.vit),
         *facts.notes,
         *format.limits(content),
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _preparing(vit: ViT) -> list[str]:
+    if vit.bands in (None, RGB) and levels(vit):
+        return []
+    return ["Image transforms of other libraries are made for 8-bit RGB; prepare images as the code above does."]
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from explora.bands import RGB
 from explora.models.export import facts_of
-from explora.models.exports.base import Content, Format, batch, write_safetensors
+from explora.models.exports.base import Content, Format, batch, levels, write_safetensors
 from explora.models.formats import huggingface
 from explora.models.weights import METADATA_KEY
 
@@ -34,7 +35,7 @@ class HuggingFace(Format):
         config = {**huggingface.config(content.vit), METADATA_KEY: facts_of(content.vit)}
         write_safetensors(folder / "model.safetensors", huggingface.write(content.vit))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if content.vit.channels == 3:
+        if content.vit.bands == RGB and levels(content.vit):  # all that its processors know
             (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
 
     def code(self, content: Content) -> str:

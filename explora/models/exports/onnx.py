@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from explora.errors import WeightsError
-from explora.models.exports.base import Content, Format
+from explora.models.export import facts_of
+from explora.models.exports.base import Content, Format, batch
 from explora.models.vit import ViT
+from explora.models.weights import METADATA_KEY
 
 
 class Onnx(Format):
@@ -41,20 +44,17 @@ class Onnx(Format):
         assert program is not None
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()  # stack traces with this machine's paths
+        program.model.metadata_props[METADATA_KEY] = json.dumps(facts_of(vit))
         program.save(folder / "model.onnx")
 
     def code(self, content: Content) -> str:
-        vit = content.vit
         return f"""\
 import numpy as np
 import onnxruntime
 
 folder = "."  # where this file lies
 session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
-pixels = np.zeros((2, {vit.channels}, {vit.image_size}, {vit.image_size}), dtype=np.uint8)  # your images
-mean = np.array({list(vit.mean)}, dtype=np.float32).reshape(-1, 1, 1)
-std = np.array({list(vit.std)}, dtype=np.float32).reshape(-1, 1, 1)
-images = (pixels.astype(np.float32) / 255 - mean) / std
+{batch(content, numpy=True)}
 cls, patches = session.run(["cls", "patches"], {{"images": images}})"""
 
     def limits(self, content: Content) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 from torch import Tensor
 
+from explora.bands import Scaling, canonical
 from explora.errors import WeightsError
 from explora.models.positions import PositionMode
 
@@ -17,6 +18,10 @@ Tensors = Mapping[str, Tensor]
 Scale = tuple[float, ...]
 Groups = Annotated[tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...], Field(min_length=1)]
 """Channel groups as a user or a file gives them: no empty ones."""
+
+
+Bands = Annotated[tuple[str, ...], Field(min_length=1)]
+"""Bands of the channels in order; see `canonical_bands`."""
 Value = int | float | bool | str
 UNKNOWN = "unknown; see where the file came from"
 
@@ -49,6 +54,10 @@ class Architecture:
     """Channel mean of images in [0, 1] that the weights expect; None: the architecture's own."""
     std: Scale | None = None
     """Their standard deviation; given wherever the mean is."""
+    bands: Bands | None = None
+    """Bands of the channels in order; None where nobody says."""
+    scaling: Scaling | None = None
+    """Which values were 0 and 1 before mean and std; None: display levels, or nobody says."""
     recorded: bool = False
     """Whether the file itself says so, and nothing was inferred."""
     sure_of_mean: bool = True
@@ -171,6 +180,25 @@ def architecture(
         return Architecture(None, size, positions=positions)
     options = _options(known, asked._replace(heads=heads), family, channels)
     return Architecture(known.name, size, options, positions, guesses=guesses)
+
+
+def canonical_bands(bands: Bands | None) -> Bands | None:
+    """Canonical names of bands that a user or a file names.
+
+    Raises:
+        ValueError: two are the same; for validators of configs.
+    """
+    names = tuple(map(canonical, bands or ()))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"band {', '.join(twice)} is named more than once")
+    return names or None
+
+
+def channels_of(tensors: Tensors) -> int:
+    """Channels of the images that a patch embedding takes, those of all groups together; 0 where there is none."""
+    names = (name for name in tensors if re.fullmatch(r"patch_embed\.(\d+\.)?proj\.weight", name))
+    return sum(tensors[name].shape[1] for name in names if tensors[name].dim() == 4)
 
 
 def image_size(tensors: Tensors, patch: int) -> int | None:

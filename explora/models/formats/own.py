@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from explora.bands import Scaling
 from explora.config import Config, validate
 from explora.errors import ConfigError, WeightsError
-from explora.models.formats.checkpoint import Architecture, Checkpoint, Groups, Scale, Source, Value
+from explora.models.formats.checkpoint import (
+    Architecture,
+    Bands,
+    Checkpoint,
+    Groups,
+    Scale,
+    Source,
+    Value,
+    canonical_bands,
+    channels_of,
+)
 from explora.models.positions import PositionMode
 
 
 class Facts(Config):
-    """All that `build` needs; files of older versions lack mean and std."""
+    """All that `build` needs; files of older versions lack mean and std, bands and scaling."""
 
     name: str
     """timm's name of the architecture."""
@@ -32,14 +42,24 @@ class Facts(Config):
     """Channel mean of images in [0, 1] that the weights expect."""
     std: Scale | None = None
     """Their standard deviation."""
+    bands: Bands | None = None
+    """Bands of the channels in order, null where nobody knows."""
+    scaling: Scaling | None = None
+    """Which values become 0 and 1 before mean and std, null for display levels."""
     source: Source | None = None
     """Where the weights came from, null where nobody recorded it."""
+
+    _canonical = field_validator("bands")(canonical_bands)
 
     @model_validator(mode="after")
     def _check(self) -> Facts:
         mean, std = self.mean, self.std
         if (mean is None) != (std is None) or len(mean or ()) != len(std or ()) or min(std or (1,)) <= 0:
             raise ValueError(f"mean is {mean} and std {std}; a positive std belongs to every mean")
+        low = None if self.scaling is None else self.scaling.low
+        counts = {len(each) for each in (mean, self.bands, low) if each is not None}
+        if len(counts) > 1:
+            raise ValueError(f"mean, bands and scaling are of {' and '.join(map(str, sorted(counts)))} channels")
         return self
 
 
@@ -61,17 +81,15 @@ def described(checkpoint: Checkpoint, facts: Facts, file: str) -> Checkpoint:
     """A checkpoint with what was recorded in the place of what was inferred.
 
     Raises:
-        WeightsError: mean and std are of other channels than the patch embedding's.
+        WeightsError: what is said of channels is of another number than the patch embedding's.
     """
-    convs = [
-        tensor for name, tensor in checkpoint.tensors.items() if re.match(r"patch_embed\.(\d+\.)?proj\.weight$", name)
-    ]
-    channels = sum(conv.shape[1] for conv in convs if conv.dim() == 4)
-    if facts.mean is not None and channels not in (0, len(facts.mean)):
-        raise WeightsError(
-            f"{file}: damaged metadata: mean and std of {len(facts.mean)} channels, but its patch "
-            f"embedding has {channels}"
-        )
+    channels = channels_of(checkpoint.tensors)
+    low = None if facts.scaling is None else facts.scaling.low
+    for what, each in (("mean and std", facts.mean), ("names", facts.bands), ("scaling", low)):
+        if each is not None and channels not in (0, len(each)):
+            raise WeightsError(
+                f"{file}: damaged metadata: {what} of {len(each)} channels, but its patch embedding has {channels}"
+            )
     shaped = Architecture(
         facts.name,
         facts.image_size,
@@ -80,6 +98,8 @@ def described(checkpoint: Checkpoint, facts: Facts, file: str) -> Checkpoint:
         facts.channel_groups,
         facts.mean,
         facts.std,
+        facts.bands,
+        facts.scaling,
         recorded=True,
     )
     source = facts.source or Source("explora", file, checkpoint.licence, checkpoint.inferred)

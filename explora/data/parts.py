@@ -1,0 +1,188 @@
+"""What is known of one tar file, and how many of them become a set of shards: `index.npy`, then `manifest.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+import numpy as np
+
+from explora.bands import Pixels
+from explora.data.index import ShardSet, among, overlap
+from explora.data.listing import Listing
+from explora.data.manifest import INDEX, ROW, Manifest, ShardFile, Skipped, fingerprint, write_manifest
+from explora.data.statistics import Tally
+from explora.errors import DataError
+
+LISTED: Final = 10_000
+"""Images left out that a manifest names; one more entry says how many others there are."""
+SHOWN: Final = 10
+"""Of these, how many the log names."""
+
+logger = logging.getLogger("explora")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tar file."""
+
+    file: str
+    """Its name."""
+    bytes: int
+    """Its size, 0 where no image was usable and so no file was written."""
+    sha256: str
+    """Digest of the whole file."""
+    rows: np.ndarray
+    """Its images, (n,) of `ROW`; the number of the shard is filled in by `bind`."""
+    skipped: list[Skipped]
+    """Images that were left out."""
+    tally: dict[str, np.ndarray]
+    """State of the `Tally` of its images."""
+
+    def save(self, path: Path) -> None:
+        """Write all of it, whole or not at all."""
+        facts = {
+            "file": self.file,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "skipped": [[item.path, item.reason] for item in self.skipped],
+        }
+        blob = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+        tally = {f"tally.{name}": array for name, array in self.tally.items()}
+        with replacing(path) as file:
+            np.savez_compressed(file, allow_pickle=False, facts=blob, rows=self.rows, **tally)
+
+    @classmethod
+    def load(cls, path: Path) -> Part:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            facts = json.loads(arrays["facts"].tobytes())
+            tally = {name.removeprefix("tally."): arrays[name] for name in arrays if name.startswith("tally.")}
+            skipped = [Skipped(path=name, reason=reason) for name, reason in facts.pop("skipped")]
+            return cls(rows=arrays["rows"], skipped=skipped, tally=tally, **facts)
+
+
+def bind(
+    folder: Path,
+    parts: Iterable[Part],
+    listing: Listing,
+    name: str,
+    against: Sequence[ShardSet] = (),
+) -> None:
+    """Make a set of the tars in a folder: the manifest comes last, so without it there is no set.
+
+    Args:
+        listing: what the images mean; its samples are not looked at.
+
+    Raises:
+        DataError: there is no image in any of them.
+        OSError: the folder cannot be written.
+    """
+    whole = _Whole(listing.pixels)
+    for part in parts:
+        whole.add(part)
+    if not whole.tables:
+        shown = "".join(f"\n  {item.path}: {item.reason}" for item in whole.skipped[:3])
+        raise DataError(f"nothing to pack: {whole.missing} images found, none usable{shown}")
+    labelled = ((table["label"], table["digest"]) for table in whole.tables)
+    digests = np.concatenate([table["digest"] for table in whole.tables])
+    manifest = Manifest(
+        name=name,
+        samples=len(digests),
+        bytes=sum(shard.bytes for shard in whole.shards),
+        classes=listing.classes,
+        groups=listing.groups,
+        pixels=with_statistics(listing.pixels, whole.tally),
+        shards=whole.shards,
+        fingerprint=fingerprint(listing.classes, listing.pixels, labelled),
+        skipped=whole.skipped,
+        left_out=whole.missing,
+        duplicates=len(digests) - len(np.unique(digests)),
+        overlaps={other.name: int(among(digests, other.index["digest"]).sum()) for other in against},
+    )
+    _write_index(folder / INDEX, whole.tables)
+    write_manifest(folder, manifest)
+
+
+class _Whole:
+    """All parts together, added in their order, because sums of floats hang on it."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.shards: list[ShardFile] = []
+        self.tables: list[np.ndarray] = []
+        self.skipped: list[Skipped] = []
+        self.missing = 0
+        self.tally = Tally(pixels)
+
+    def add(self, part: Part) -> None:
+        self.missing += len(part.skipped)
+        self.skipped += part.skipped[: LISTED - len(self.skipped)]
+        if len(part.rows):
+            part.rows["shard"] = len(self.shards)
+            shard = ShardFile(file=part.file, samples=len(part.rows), bytes=part.bytes, sha256=part.sha256)
+            self.shards.append(shard)
+            self.tables.append(part.rows)
+            self.tally.merge(Tally.of_state(self.tally.pixels, part.tally))
+
+
+def with_statistics(pixels: Pixels, tally: Tally) -> Pixels:
+    """The same bands, with the statistics of all images that were counted."""
+    bands = zip(pixels.bands, tally.statistics(), strict=True)
+    return pixels.model_copy(
+        update={"bands": tuple(band.model_copy(update={"statistics": found}) for band, found in bands)}
+    )
+
+
+def announce(shards: ShardSet, against: Sequence[ShardSet] = ()) -> None:
+    """Log what came of it: what was left out, and what is in other sets, too."""
+    missing = shards.manifest.left_out
+    for skipped in shards.skipped[:SHOWN]:
+        logger.warning("skipped %s: %s", skipped.path, skipped.reason)
+    if missing > SHOWN:
+        logger.warning("... and %d more; the manifest says why", missing - SHOWN)
+    for other in against:
+        if shared := shards.manifest.overlaps[other.name]:
+            first = ", ".join(shards.source(int(index)) for index in overlap(shards, other)[:3])
+            logger.warning("%d images are also in %s (%s): %s, ...", shared, other.folder, other.name, first)
+    if shards.manifest.duplicates:
+        logger.warning("%d images are exact duplicates of others", shards.manifest.duplicates)
+    logger.info(
+        "%s: %d images in %d shard(s), %s, %d skipped",
+        *(shards.folder, len(shards), len(shards.manifest.shards)),
+        f"{len(shards.classes)} classes" if shards.classes else "no labels",
+        missing,
+    )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` once it is whole and on the disk.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_index(path: Path, tables: list[np.ndarray]) -> None:
+    """As `numpy.save` of all tables together, without a second copy of them in memory."""
+    rows = sum(map(len, tables))
+    header = {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (rows,)}
+    with replacing(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for table in tables:
+            file.write(np.ascontiguousarray(table).data)

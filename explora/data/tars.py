@@ -1,0 +1,267 @@
+"""Adopts other people's WebDataset tars where they lie: reads them once, and adds only an index and a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Final, NamedTuple
+
+import numpy as np
+
+from explora.bands import PHOTOGRAPH, Pixels
+from explora.data.crew import Count, Progress, work
+from explora.data.decode import MAX_BYTES, decode
+from explora.data.index import ShardSet
+from explora.data.listing import EXTENSIONS, Listing
+from explora.data.manifest import INDEX, MANIFEST, ROW, Skipped, digest
+from explora.data.parts import Part, announce, bind
+from explora.data.statistics import Tally
+from explora.errors import DataError, RunError
+from explora.runs import sync
+
+CLASSES: Final = "classes.txt"
+"""In the folder: one class name to a line, in the order of the labels."""
+MAX_CLASSES: Final = 1_000_000
+MAX_FACTS: Final = 2**20
+"""Bytes of a `.cls` or `.json` member."""
+_SHOWN: Final = 10
+_COMPRESSED: Final = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+"""How files of gzip, bzip2, xz and zstd begin."""
+_NOT_PLAIN: Final = "is compressed, so no image in it can be reached alone; unpack it to a .tar"
+
+
+class _Task(NamedTuple):
+    """One tar to read."""
+
+    path: Path
+    pixels: Pixels
+    classes: int
+    """How many labels there may be."""
+
+
+def index(
+    folder: str | Path,
+    *,
+    name: str,
+    classes: Sequence[str] | None = None,
+    pixels: Pixels = PHOTOGRAPH,
+    workers: int | None = 0,
+    progress: Progress | None = None,
+) -> ShardSet:
+    """Make a set of shards of a folder of WebDataset tars, which are not changed: adds `index.npy` and `manifest.json`.
+
+    Samples are told apart as webdataset does it: members side by side whose paths are the same up to the first dot of
+    the file name. Each must have one image; its label is the number in its `.cls`, or in `label` or `cls` of its
+    `.json`. What cannot be read is listed as `skipped`. Names inside the tars are only compared, never used as paths.
+
+    Args:
+        classes: names by label; None takes the lines of `classes.txt` in the folder, or else the numbers themselves.
+        pixels: what the stored values mean; all images must fit.
+        workers: processes; 0 works in this one, None takes as many as there are cores for this process.
+        progress: its second number is 0, because nobody knows how many images there are.
+
+    Raises:
+        DataError: there are no tars, or an index already; a tar is compressed, cut off or no tar at all; a label has no
+            class; no image is usable; the folder cannot be written.
+        RunError: a worker was killed.
+    """
+    folder = Path(folder)
+    paths = _tars(folder)
+    names = list(classes) if classes is not None else _classes_beside(folder)
+    tasks = [_Task(path, pixels, MAX_CLASSES if names is None else len(names)) for path in paths]
+    found = work(_read, tasks, workers, progress=progress)
+    parts = [one for one in found if isinstance(one, Part)]
+    if faults := [one for one in found if isinstance(one, DataError)]:
+        more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise DataError(f"{folder}: {len(faults)} fault(s)\n  " + "\n  ".join(map(str, faults[:_SHOWN])) + more)
+    if not any(len(part.rows) for part in parts):
+        shown = "".join(f"\n  {item.path}: {item.reason}" for part in parts for item in part.skipped[:1])
+        raise DataError(f"{folder}: no image in {len(paths)} tar(s) is usable{shown[:2000]}")
+    if names is None:
+        last = max(int(part.rows["label"].max(initial=-1)) for part in parts)
+        names = [str(label) for label in range(last + 1)] or None
+    _bind(folder, parts, Listing(names, (), pixels), name)
+    shards = ShardSet.open(folder)
+    announce(shards)
+    return shards
+
+
+def _bind(folder: Path, parts: list[Part], listing: Listing, name: str) -> None:
+    try:
+        bind(folder, parts, listing, name)
+        sync(folder)
+    except (OSError, RunError) as error:
+        (folder / INDEX).unlink(missing_ok=True)
+        raise DataError(f"{folder}: {INDEX} and {MANIFEST} cannot be written: {error}") from None
+
+
+def _tars(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    for name in (MANIFEST, INDEX):
+        if (folder / name).exists():
+            raise DataError(f"{folder}: holds {name} already; remove it to index the tars again")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    packed = [path.name for path in files if re.search(r"\.(tgz|tar\.\w+)$", path.name)]
+    if packed:
+        raise DataError(
+            f"{folder}: {packed[0]} is compressed, so no image in it can be reached alone; unpack it to a .tar"
+        )
+    tars = [path for path in files if path.suffix == ".tar"]
+    if not tars:
+        raise DataError(f"{folder}: no .tar files")
+    for path in tars:
+        if not path.name.isprintable() or "\\" in path.name:
+            raise DataError(f"{folder}: {_text(path.name)} is no name that a manifest can hold; rename the file")
+    return tars
+
+
+def class_names(path: Path) -> list[str]:
+    """The lines of a text file, without empty ones.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _classes_beside(folder: Path) -> list[str] | None:
+    return class_names(folder / CLASSES) if (folder / CLASSES).exists() else None
+
+
+def _read(task: _Task, count: Count) -> Part | DataError:
+    """All that an index has to know of one tar. A fault is handed over, so that all of them are told at once."""
+    path = task.path
+    rows: list[tuple[int, int, int, int, int, int]] = []
+    skipped: list[Skipped] = []
+    tally = Tally(task.pixels)
+    try:
+        with path.open("rb") as file:
+            for key, members in _samples(file):
+                try:
+                    row, image = _row(file, members, task)
+                    tally.add(image)
+                    rows.append(row)
+                except DataError as error:
+                    skipped.append(Skipped(path=f"{path.name}: {_text(key)}", reason=str(error)))
+                count(1)
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+    except (tarfile.TarError, DataError) as error:
+        return DataError(f"{path}: {error}")
+    except OSError as error:
+        return DataError(f"{path}: cannot be read: {error.strerror}")
+    if rows and max(row[4] for row in rows) >= task.classes:
+        return DataError(f"{path}: label {max(row[4] for row in rows)}, but there are {task.classes} class names")
+    return Part(path.name, size, sha256, np.array(rows, ROW), skipped, tally.state())
+
+
+def _samples(file: IO[bytes]) -> Iterator[tuple[str, list[tuple[str, tarfile.TarInfo]]]]:
+    """Key of each sample, with the endings and headers of its members."""
+    key = ""
+    members: list[tuple[str, tarfile.TarInfo]] = []
+    for member in _members(file):
+        name = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", member.name)
+        if member.isdir() or name is None or re.match(r"__[^/]*__($|/)", member.name):
+            continue
+        if name[1] != key:
+            if members:
+                yield key, members
+            key, members = name[1], []
+        members.append((name[2].lower(), member))
+    if members:
+        yield key, members
+
+
+def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """The headers in a tar.
+
+    Raises:
+        DataError: it is compressed, or does not go on to its end mark.
+        tarfile.TarError: it is no tar, or cut off.
+    """
+    if file.read(4).startswith(_COMPRESSED):
+        raise DataError(_NOT_PLAIN)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # or it would remember every one
+            yield member
+        # tarfile ends quietly where a header is damaged or missing.
+        end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
+    if end != bytes(tarfile.BLOCKSIZE):
+        raise DataError(f"is damaged or cut off at byte {tar.offset}: no end mark of a tar is there")
+
+
+def _row(
+    file: IO[bytes], members: list[tuple[str, tarfile.TarInfo]], task: _Task
+) -> tuple[tuple[int, int, int, int, int, int], np.ndarray]:
+    """What the index says of a sample, and its image.
+
+    Raises:
+        DataError: it has no image or several, or one that cannot be read, or a label that is no number.
+    """
+    images = [(ending, member) for ending, member in members if _last(ending) in EXTENSIONS]
+    if len(images) != 1:
+        found = ", ".join(_text(ending) for ending, _ in images[:5]) or "none"
+        raise DataError(f"needs one image member, has {found}")
+    label = _label(file, dict(members))
+    member = images[0][1]
+    if member.size > MAX_BYTES:
+        raise DataError(f"an image of {member.size} bytes is above the bound of {MAX_BYTES}")
+    blob = _content(file, member)
+    image = decode(blob, task.pixels)
+    return (member.offset_data, digest(blob), 0, len(blob), label, -1), image
+
+
+def _last(ending: str) -> str:
+    return f".{ending.rpartition('.')[2]}"
+
+
+def _label(file: IO[bytes], members: dict[str, tarfile.TarInfo]) -> int:
+    """The class of a sample, -1 without one."""
+    found: object = -1
+    if "cls" in members:
+        found = _facts(file, members["cls"]).decode(errors="replace")
+    elif "json" in members:
+        try:
+            facts = json.loads(_facts(file, members["json"]))
+        except (ValueError, RecursionError):
+            raise DataError("its .json cannot be read") from None
+        if isinstance(facts, dict):
+            found = facts.get("label", facts.get("cls", -1))
+    with suppress(ValueError):
+        if isinstance(found, int | str) and not isinstance(found, bool) and -1 <= int(found) < MAX_CLASSES:
+            return int(found)
+    raise DataError(f"its label is no number of a class: {_text(str(found))}")
+
+
+def _facts(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
+    if member.size > MAX_FACTS:
+        raise DataError(f"{_text(member.name)} has {member.size} bytes, more than {MAX_FACTS}")
+    return _content(file, member)
+
+
+def _content(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
+    if not member.isreg() or member.issparse():
+        raise DataError(f"{_text(member.name)} is a link, a device or a file with holes")
+    blob = os.pread(file.fileno(), member.size, member.offset_data)
+    if len(blob) != member.size:
+        raise DataError(f"{_text(member.name)} is cut off")
+    return blob
+
+
+def _text(name: str) -> str:
+    """A foreign name for messages: printable, and not without end."""
+    return ascii(name)[1:-1][:200]

@@ -1,0 +1,216 @@
+"""Writes one shard: reads its images from disk, checks and counts them, and appends them to a tar file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import stat
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import simplejpeg
+import tifffile
+from PIL import Image
+
+from explora.bands import Pixels
+from explora.data.crew import Count
+from explora.data.decode import MAX_BYTES, decode
+from explora.data.listing import EXTENSIONS, RawSample
+from explora.data.manifest import ROW, Skipped, digest
+from explora.data.parts import Part
+from explora.data.statistics import Tally
+from explora.errors import DataError
+from explora.runs import sync
+
+SAMPLES = "samples.jsonl"
+"""In the work folder: all images of the listing, one to a line."""
+WHOLE = "shards"
+"""In the work folder: shards that are finished."""
+
+
+class Job(NamedTuple):
+    """One shard to write."""
+
+    work: Path
+    """The work folder."""
+    number: int
+    """Of the shard."""
+    start: int
+    """Byte of `SAMPLES` where its first image stands."""
+    first: int
+    """Number of its first image in the listing."""
+    images: int
+    """How many images it is to hold."""
+    pixels: Pixels
+    groups: list[str]
+    """Names by group number."""
+
+    @property
+    def file(self) -> str:
+        """Name of the tar file."""
+        return f"shard-{self.number:06d}.tar"
+
+    @property
+    def record(self) -> Path:
+        """The file that says what the shard holds: where it lies, the shard is finished."""
+        return self.work / f"shard-{self.number:06d}.npz"
+
+    def finished(self) -> Part | None:
+        """What the shard holds, or None while it has to be written."""
+        if not self.record.exists():
+            return None
+        part = Part.load(self.record)
+        path = self.work / WHOLE / part.file
+        return part if not part.bytes or (path.exists() and path.stat().st_size == part.bytes) else None
+
+
+def to_line(sample: RawSample, size: int, changed: int) -> bytes:
+    """A line of `SAMPLES`; the size and the time of the file only tell whether it has changed."""
+    path = os.path.abspath(sample.path)
+    return json.dumps([path, sample.label, sample.group, sample.recorded, sample.box, size, changed]).encode() + b"\n"
+
+
+def _of_line(line: bytes) -> RawSample:
+    path, label, group, name, box, *_ = json.loads(line)
+    return RawSample(Path(path), label, group, name, box and tuple(box))
+
+
+def write_shard(job: Job, count: Count) -> None:
+    """Write the tar under another name, rename it when it is on the disk, then leave the record of it."""
+    temporary = job.work / f"{job.file}.tmp"
+    rows: list[tuple[int, int, int, int, int, int]] = []
+    skipped: list[Skipped] = []
+    tally = Tally(job.pixels)
+    try:
+        with temporary.open("wb") as file, _plain(file) as tar:
+            for number, sample in _samples(job):
+                try:
+                    suffix, blob, image = _stored(sample, job.pixels)
+                    tally.add(image)
+                except DataError as error:
+                    skipped.append(Skipped(path=sample.recorded, reason=str(error)))
+                else:
+                    offset = _append(tar, f"{number:09d}", suffix, blob, _members(sample, job.groups))
+                    rows.append((offset, digest(blob), 0, len(blob), sample.label, sample.group))
+                count(1)
+        size, sha256 = _publish(temporary, job.work / WHOLE / job.file) if rows else (0, "")
+    finally:
+        temporary.unlink(missing_ok=True)
+    Part(job.file, size, sha256, np.array(rows, ROW), skipped, tally.state()).save(job.record)
+
+
+def _samples(job: Job) -> Iterator[tuple[int, RawSample]]:
+    with (job.work / SAMPLES).open("rb") as file:
+        file.seek(job.start)
+        for number, line in enumerate(itertools.islice(file, job.images), job.first):
+            yield number, _of_line(line)
+
+
+def _publish(temporary: Path, path: Path) -> tuple[int, str]:
+    """Rename a file that is whole; returns its size and digest."""
+    sync(temporary)
+    with temporary.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    size = temporary.stat().st_size
+    temporary.replace(path)
+    sync(path.parent)
+    return size, sha256
+
+
+def _stored(sample: RawSample, pixels: Pixels) -> tuple[str, bytes, np.ndarray]:
+    """Ending and bytes to store for an image, and what they decode to.
+
+    Raises:
+        DataError: the image cannot be read, or is not what the pixels say.
+    """
+    suffix = sample.path.suffix.lower()
+    if suffix not in EXTENSIONS:
+        raise DataError(f"'{suffix}' is none of {', '.join(sorted(EXTENSIONS))}")
+    blob = _read(sample.path)
+    image = decode(blob, pixels)
+    if sample.box is None:
+        return suffix, blob, image
+    part = cut(image, sample.box)
+    suffix, blob = encode(part, jpeg=blob.startswith(b"\xff\xd8"))
+    return suffix, blob, decode(blob, pixels) if suffix == ".jpg" else part
+
+
+def _read(path: Path) -> bytes:
+    try:
+        known = path.stat()
+        # Reading from a pipe or a device would never end.
+        if not stat.S_ISREG(known.st_mode):
+            raise DataError("not a file")
+        if known.st_size > MAX_BYTES:
+            raise DataError(f"a file of {known.st_size} bytes is above the bound of {MAX_BYTES}; cut it into tiles")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        # DataError is a ValueError too, and already says what is wrong; the other is a name that no file can have.
+        raise error if isinstance(error, DataError) else DataError(f"cannot be read: {error}") from None
+
+
+def cut(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """The part of an image (H, W, bands) in a box of left, top, width and height, as far as it lies inside.
+
+    Raises:
+        DataError: nothing of it does.
+    """
+    left, top, width, height = box
+    part = image[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+    if not part.size:
+        raise DataError(
+            f"the box of {width} x {height} pixels at {left}, {top} is empty or lies outside of the image "
+            f"of {image.shape[1]} x {image.shape[0]}"
+        )
+    return np.ascontiguousarray(part)
+
+
+def encode(image: np.ndarray, *, jpeg: bool) -> tuple[str, bytes]:
+    """Ending and bytes of a cut image (H, W, bands): three 8-bit bands as PNG, or as JPEG of quality 95 with whole
+    chroma where they came from one; anything else as TIFF with deflate."""
+    if image.dtype != np.uint8 or image.shape[2] != 3:
+        file = io.BytesIO()
+        tifffile.imwrite(
+            file, image, photometric="minisblack", planarconfig="contig", compression="deflate", metadata=None
+        )
+        return ".tif", file.getvalue()
+    if jpeg:
+        return ".jpg", simplejpeg.encode_jpeg(image, quality=95, colorspace="RGB", colorsubsampling="444")
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return ".png", file.getvalue()
+
+
+def _members(sample: RawSample, groups: list[str]) -> dict[str, bytes]:
+    """What stands beside an image, by ending."""
+    facts: dict[str, object] = {"path": sample.recorded}
+    if sample.group >= 0:
+        facts["group"] = groups[sample.group]
+    if sample.box is not None:
+        facts["box"] = sample.box
+    label = {".cls": str(sample.label).encode()} if sample.label >= 0 else {}
+    return {**label, ".json": json.dumps(facts).encode()}
+
+
+def _plain(file: IO[bytes]) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+
+
+def _append(tar: tarfile.TarFile, key: str, suffix: str, blob: bytes, others: dict[str, bytes]) -> int:
+    """Append an image and what belongs to it; returns where its bytes start."""
+    # Our names are short, so the USTAR header is always one block.
+    start = tar.offset + tarfile.BLOCKSIZE
+    for ending, content in {suffix: blob, **others}.items():
+        # A fresh TarInfo has owner 0 and time 0.
+        info = tarfile.TarInfo(key + ending)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    return start

@@ -1,0 +1,260 @@
+"""Adopting tars of webdataset, GNU tar and PAX writers, against what webdataset itself reads out of them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from explora.data.index import ShardSet
+from explora.data.tars import index
+from explora.errors import DataError
+
+# webdataset leaves the tars it reads to the garbage collector.
+WEBDATASET_LEAKS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+FORMATS = {"gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def picture(seed: int, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    values = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(values).save(file, kind)
+    return file.getvalue()
+
+
+def write(path: Path, members: list[tuple[str, bytes]], layout: int = tarfile.PAX_FORMAT) -> None:
+    with tarfile.open(path, "w", format=layout) as tar:
+        for name, blob in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+
+
+def sample(key: str, seed: int, label: int | str | None = None, ending: str = "png") -> list[tuple[str, bytes]]:
+    members = [(f"{key}.{ending}", picture(seed))]
+    return members if label is None else [*members, (f"{key}.cls", str(label).encode())]
+
+
+def theirs(at: Path) -> list[tuple[bytes, int]]:
+    """Image and label of every sample that webdataset finds with one image in it."""
+    found = []
+    for one in webdataset.WebDataset([str(path) for path in sorted(at.glob("*.tar"))], shardshuffle=False):
+        images = [blob for name, blob in one.items() if name.rpartition(".")[2] in IMAGES]
+        if len(images) == 1:
+            found.append((images[0], int(one.get("cls", -1))))
+    return found
+
+
+def ours(shards: ShardSet) -> list[tuple[bytes, int]]:
+    return [(shards.read(at), int(shards.labels[at])) for at in range(len(shards))]
+
+
+@WEBDATASET_LEAKS
+def test_tars_of_webdataset(tmp_path: Path) -> None:
+    for number in range(3):
+        with webdataset.TarWriter(str(tmp_path / f"train-{number}.tar")) as writer:
+            for at in range(4):
+                seed = 4 * number + at
+                writer.write({"__key__": f"x/{seed:04d}", "jpg": picture(seed, "JPEG"), "cls": seed % 3})
+    (tmp_path / "classes.txt").write_text("lake\nforest\nroad\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    shards = index(tmp_path, name="theirs", workers=2)
+    assert before == {path: path.read_bytes() for path in before}
+    assert {path.name for path in tmp_path.iterdir() if path not in before} == {"index.npy", "manifest.json"}
+    assert ours(shards) == theirs(tmp_path)
+    assert shards.classes == ["lake", "forest", "road"]
+    assert shards.labels.tolist() == [0, 1, 2] * 4
+    assert shards.where(5) == f"{tmp_path}/train-1.tar: image 5 (x/0005.jpg)"
+    shards.verify()
+    values = np.concatenate([shards.image(at).reshape(-1, 3) for at in range(12)])
+    found = [band.statistics for band in shards.pixels.bands]
+    assert [one.mean for one in found if one] == pytest.approx(values.mean(0).tolist())
+    with pytest.raises(DataError, match=r"holds manifest\.json already"):
+        index(tmp_path, name="again")
+
+
+@WEBDATASET_LEAKS
+@pytest.mark.parametrize("layout", FORMATS)
+def test_long_and_foreign_names(tmp_path: Path, layout: str) -> None:
+    """Names that need further headers, more than one dot, capitals, and names that must never be paths."""
+    long = "/".join(["directory-of-many-letters" * 2] * 3)
+    assert len(long) > 150
+    write(
+        tmp_path / "a.tar",
+        [
+            *sample(f"{long}/one", 0, 3),
+            *sample("über/zwei", 1, 0),
+            *sample("../../etc/passwd", 2, 1),
+            *sample("/abs/olute", 3),
+            *sample("dotted", 4, 2, "rgb.0001.PNG"),
+            *sample("v1.0/below.a.dot", 5, 1),
+            ("__meta__/x.png", b"no image"),
+            ("no-ending", b""),
+            ("README.md", b"alone"),
+        ],
+        FORMATS[layout],
+    )
+    shards = index(tmp_path, name="x")
+    assert ours(shards) == theirs(tmp_path)
+    assert [np.array_equal(shards.image(at), _pixels(at)) for at in range(6)] == [True] * 6
+    assert shards.labels.tolist() == [3, 0, 1, -1, 2, -1]
+    assert shards.classes == ["0", "1", "2", "3"]
+    assert [(item.path, item.reason) for item in shards.skipped] == [
+        ("a.tar: README", "needs one image member, has none")
+    ]
+    assert "image 2 (../../etc/passwd.png)" in shards.where(2)
+    shards.verify()
+
+
+def _pixels(seed: int) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(picture(seed))))
+
+
+def test_labels_in_json_and_what_is_no_label(tmp_path: Path) -> None:
+    def facts(key: str, content: Any) -> list[tuple[str, bytes]]:
+        blob = content if isinstance(content, bytes) else json.dumps(content).encode()
+        return [*sample(key, 0), (f"{key}.json", blob)]
+
+    write(
+        tmp_path / "a.tar",
+        [
+            *facts("a", {"label": 2}),
+            *facts("b", {"cls": "1"}),
+            *facts("c", {"caption": "a lake"}),
+            *facts("d", [1, 2]),
+            *facts("e", {"label": "lake"}),
+            *facts("f", {"label": True}),
+            *facts("g", {"label": 10**9}),
+            *facts("h", b"[" * 100_000),
+            *facts("i", b"{"),
+            *sample("j", 0, "forest"),
+            *sample("k", 0, "-2"),
+        ],
+    )
+    shards = index(tmp_path, name="x")
+    assert shards.labels.tolist() == [2, 1, -1, -1]
+    assert [item.path.removeprefix("a.tar: ") for item in shards.skipped] == list("efghijk")
+    assert {item.reason.partition(":")[0] for item in shards.skipped} == {
+        "its label is no number of a class",
+        "its .json cannot be read",
+    }
+    assert shards.manifest.duplicates == 3
+
+
+def test_what_is_no_plain_image_is_skipped(tmp_path: Path) -> None:
+    link, hard, device = (tarfile.TarInfo(name) for name in ("link.png", "hard.png", "device.png"))
+    link.type, hard.type, device.type = tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE
+    link.linkname = hard.linkname = "/etc/passwd"
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for info in (link, hard, device):
+            tar.addfile(info)
+        for name, blob in [
+            *sample("good", 0),
+            *sample("two", 1),
+            ("two.JPG", picture(2, "JPEG")),
+            ("torn.png", picture(0)[:40]),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+        info = tarfile.TarInfo("holes.png")
+        info.pax_headers = {
+            "GNU.sparse.major": "0",
+            "GNU.sparse.minor": "1",
+            "GNU.sparse.map": "0,4",
+            "GNU.sparse.size": "9",
+        }
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"abcd"))
+    shards = index(tmp_path, name="x")
+    assert len(shards) == 1
+    assert {item.path.removeprefix("a.tar: "): item.reason.partition(" (")[0] for item in shards.skipped} == {
+        **{key: f"{key}.png is a link, a device or a file with holes" for key in ("link", "hard", "device", "holes")},
+        "two": "needs one image member, has png, jpg",
+        "torn": "not a whole, readable image",
+    }
+
+
+def _cut(at: int) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path, at)
+
+
+def _overwrite(path: Path) -> None:
+    with path.open("rb+") as file:
+        file.seek(1024)
+        file.write(b"\xff" * 512)
+
+
+def _compress(path: Path) -> None:
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_cut(0), "empty file"),
+        (_cut(300), "truncated header"),
+        (_cut(700), "unexpected end of data"),
+        (_cut(1024), "is damaged or cut off at byte 1024"),
+        (_cut(1500), "is damaged or cut off at byte 1024"),
+        (_overwrite, "is damaged or cut off at byte 1024"),
+        (lambda path: path.write_bytes(b"hello" * 1000), "truncated header|bad checksum|invalid header"),
+        (_compress, "is compressed"),
+    ],
+)
+def test_damaged_tars_are_named_and_nothing_is_left(tmp_path: Path, change: Callable[[Path], None], words: str) -> None:
+    for name in ("a.tar", "b.tar", "c.tar"):
+        write(tmp_path / name, [*sample("x", 0), *sample("y", 1)])
+    change(tmp_path / "b.tar")
+    change(tmp_path / "c.tar")
+    with pytest.raises(DataError, match=rf"2 fault\(s\)\n  .*b\.tar: ({words}).*\n  .*c\.tar: "):
+        index(tmp_path, name="x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar", "c.tar"]
+
+
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(words: str, **options: Any) -> None:
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(DataError, match=words):
+            index(tmp_path, name="x", **options)
+        assert sorted(tmp_path.iterdir()) == before
+
+    with pytest.raises(DataError, match="no such folder"):
+        index(tmp_path / "absent", name="x")
+    refused(r"no \.tar files")
+    write(tmp_path / "a.tar", [("x.txt", b"")])
+    refused("no image in 1 tar.* is usable\n.*a.tar: x: needs one image member, has none")
+    write(tmp_path / "a.tar", sample("x", 0, 2))
+    refused("a.tar: label 2, but there are 2 class names", classes=["lake", "road"])
+    (tmp_path / "b.tar.gz").write_bytes(b"")
+    refused(r"b\.tar\.gz is compressed")
+    (tmp_path / "b.tar.gz").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("explora.data.parts.write_manifest", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only")))
+        refused("cannot be written")
+    (tmp_path / "index.npy").write_bytes(b"theirs")
+    refused(r"holds index\.npy already")
+
+
+def test_verb(tmp_path: Path, explora_command: Callable[..., Any]) -> None:
+    (tmp_path / "lakes").mkdir()
+    write(tmp_path / "lakes/a.tar", [*sample("x", 0, 1), *sample("y", 1, 0)])
+    (tmp_path / "names").write_text("wet\n\ndry\n")
+    answer = explora_command("index", tmp_path / "lakes", "--classes", tmp_path / "names")
+    assert answer.code == 0, answer.err
+    assert "lakes: 2 images in 1 shard(s), 2 classes, 0 skipped" in answer.err
+    shards = ShardSet.open(tmp_path / "lakes")
+    assert (shards.name, shards.classes) == ("lakes", ["wet", "dry"])
+    assert explora_command("verify", tmp_path / "lakes").code == 0
+    assert "no such folder" in explora_command("index", tmp_path / "absent").err
