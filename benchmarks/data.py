@@ -34,9 +34,9 @@ from explora.bands import Scaling
 from explora.data import Key, MultiCrop, ShardSet, geometry, pack, synthetic
 from explora.data.decode import decode
 from explora.data.intake import Intake
-from explora.data.listing import Listing, RawSample
 from explora.data.loading import stacked
 from explora.data.order import Epochs, Order
+from explora.data.shards.listing import Listing, RawSample
 
 IMAGES, BATCH, ROUNDS = 64, 32, 7
 RAW, RAW_ROUNDS = 20_000, 5

@@ -22,9 +22,9 @@ import numpy as np
 import webdataset
 
 from explora.data import ShardSet
-from explora.data.manifest import INDEX, ROW, Manifest, ShardFile, write_manifest
 from explora.data.mixture import Draws, Mixture
 from explora.data.order import Order
+from explora.data.shards.manifest import INDEX, ROW, Manifest, ShardFile, write_manifest
 
 BATCH, ROUNDS = 64, 7
 IMAGE, SHARD = 30_000, 8_000  # bytes of an image, images of a shard

@@ -28,7 +28,7 @@ from torch import nn
 import explora
 from explora import config as configs
 from explora.data import synthetic
-from explora.data.manifest import ROW
+from explora.data.shards.manifest import ROW
 from explora.models import ModelConfig
 from explora.objectives import Objective
 from explora.stages import pretrain

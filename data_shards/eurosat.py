@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_shards.layout import PHOTOS, TIFFS, ClassFolders
 from explora.bands import Pixels, sentinel2
-from explora.data.listing import Listing
+from explora.data.shards.listing import Listing
 
 CLASSES = (
     *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"),

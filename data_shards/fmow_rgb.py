@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from data_shards.layout import chosen, csv_cells, entries, existing, joined
-from explora.data.listing import Listing, RawSample
+from explora.data.shards.listing import Listing, RawSample
 from explora.errors import DataError
 
 CLASSES = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from data_shards.fmow_rgb import CLASSES, label_of
 from data_shards.layout import chosen, csv_header, csv_rows, existing, joined
 from explora.bands import SENTINEL2, Pixels, sentinel2
-from explora.data.listing import Listing, RawSample
+from explora.data.shards.listing import Listing, RawSample
 from explora.errors import DataError
 
 COLUMNS = ("category", "location_id", "image_id")

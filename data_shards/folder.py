@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_shards.layout import Samples, chosen, entries, existing
-from explora.data.listing import EXTENSIONS, Listing, RawSample
+from explora.data.shards.listing import EXTENSIONS, Listing, RawSample
 from explora.errors import DataError
 
 

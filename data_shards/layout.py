@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from explora.bands import PHOTOGRAPH, Pixels
-from explora.data.listing import Listing, RawSample
+from explora.data.shards.listing import Listing, RawSample
 from explora.errors import DataError
 
 PHOTOS = (".jpg", ".jpeg", ".png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_shards.layout import PHOTOS, ClassFolders
-from explora.data.listing import Listing
+from explora.data.shards.listing import Listing
 
 CLASSES = (
     *("airplane", "airport", "baseball_diamond", "basketball_court", "beach", "bridge", "chaparral", "church"),

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 from data_shards.layout import Samples, checked, chosen, csv_header, csv_rows
-from explora.data.listing import Listing, RawSample
-from explora.data.manifest import Groups
+from explora.data.shards.listing import Listing, RawSample
+from explora.data.shards.manifest import Groups
 from explora.errors import DataError
 
 COLUMNS = {

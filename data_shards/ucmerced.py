@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_shards.layout import PHOTOS, TIFFS, ClassFolders
-from explora.data.listing import Listing
+from explora.data.shards.listing import Listing
 
 CLASSES = (
     *("agricultural", "airplane", "baseballdiamond", "beach", "buildings", "chaparral", "denseresidential"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from data_shards.fmow_rgb import CLASSES, label_of
 from data_shards.layout import Samples, checked, chosen, csv_rows, existing
-from explora.data.listing import Listing, RawSample
-from explora.data.manifest import Groups
+from explora.data.shards.listing import Listing, RawSample
+from explora.data.shards.manifest import Groups
 from explora.errors import DataError
 
 IMAGES, COUNTRIES = "rgb_metadata.csv", "country_code_mapping.csv"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from explora.data import Key, ShardSet, Views
-from explora.data.manifest import ROW, Manifest, ShardFile
+from explora.data.shards.manifest import ROW, Manifest, ShardFile
 from explora.errors import DataError
 
 

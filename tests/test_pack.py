@@ -22,12 +22,12 @@ from PIL import Image
 import explora
 from data_shards import folder
 from explora.bands import Band, Pixels
-from explora.data.index import ShardSet, overlap
-from explora.data.listing import Listing, RawSample
-from explora.data.manifest import Groups
-from explora.data.pack import pack
-from explora.data.parts import LISTED
-from explora.data.writer import encode
+from explora.data.shards.index import ShardSet, overlap
+from explora.data.shards.listing import Listing, RawSample
+from explora.data.shards.manifest import Groups
+from explora.data.shards.pack import pack
+from explora.data.shards.parts import LISTED
+from explora.data.shards.writer import encode
 from explora.errors import DataError
 
 SEVERAL = 20_000
@@ -77,8 +77,8 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from data_shards import folder
-from explora.data import writer
-from explora.data.pack import pack
+from explora.data.shards import writer
+from explora.data.shards.pack import pack
 
 def slowly(job, count, write=writer.write_shard):
     if job.number >= 2:
@@ -86,7 +86,7 @@ def slowly(job, count, write=writer.write_shard):
     write(job, count)
 
 if __name__ == "__main__":
-    sys.modules["explora.data.pack"].write_shard = slowly
+    sys.modules["explora.data.shards.pack"].write_shard = slowly
     pack(folder.samples(sys.argv[1]), sys.argv[2], name="tiny", shard_bytes=int(sys.argv[3]), workers=int(sys.argv[4]))
 """
 
@@ -218,7 +218,7 @@ def test_a_manifest_lists_so_many_and_counts_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert LISTED == 10_000
-    monkeypatch.setattr("explora.data.parts.LISTED", 12)
+    monkeypatch.setattr("explora.data.shards.parts.LISTED", 12)
     caplog.set_level(logging.INFO, "explora")
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     samples = [RawSample(tmp_path / "a.png"), *(RawSample(tmp_path / f"no{number}.png") for number in range(15))]
@@ -341,7 +341,7 @@ def test_a_log_without_a_terminal_shows_life(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "explora")
-    monkeypatch.setattr(sys.modules["explora.data.pack"], "LISTED_EVERY", 15)
+    monkeypatch.setattr(sys.modules["explora.data.shards.pack"], "LISTED_EVERY", 15)
     for every in (0.0, 10.0):
         monkeypatch.setattr("explora.stages.pack.LOG_EVERY", every)
         caplog.clear()

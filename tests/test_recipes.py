@@ -16,8 +16,8 @@ import pytest
 from data_shards import eurosat, folder, resisc45, table, ucmerced
 from explora.bands import PHOTOGRAPH, SENTINEL2
 from explora.data.decode import decode
-from explora.data.listing import Listing
-from explora.data.manifest import Groups
+from explora.data.shards.listing import Listing
+from explora.data.shards.manifest import Groups
 from explora.errors import DataError
 
 ROOT = Path(__file__).parents[1]

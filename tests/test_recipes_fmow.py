@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_shards import fmow_rgb, fmow_sentinel, wilds_fmow
-from explora.data.listing import Listing
+from explora.data.shards.listing import Listing
 from explora.errors import DataError
 
 

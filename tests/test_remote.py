@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor
 
 from explora import config as configs
-from explora.data import sources
+from explora.data import remote_tars
 from explora.data.decode import decode
-from explora.data.index import ShardSet
-from explora.data.listing import Listing, RawSample
-from explora.data.pack import pack
 from explora.data.remote import RemoteConfig, RemoteSet, RemoteStream, remote
+from explora.data.shards.index import ShardSet
+from explora.data.shards.listing import Listing, RawSample
+from explora.data.shards.pack import pack
 from explora.data.stream import Step, Stream
 from explora.data.views import Center, Key, MultiCrop, Views
 from explora.errors import ConfigError, DataError
@@ -164,7 +164,7 @@ def served(tars: Path) -> Iterator[Callable[[str], str]]:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote_tars, "_WAITS", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def test_a_list_that_gives_nothing_ends_soon(served: Any, path: str, words: str 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(sources, "_WAITS", (1.0, 2.0))
+    monkeypatch.setattr(remote_tars, "_WAITS", (1.0, 2.0))
     monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(DataError, match=r"Connection refused.*; gave up after 3 attempts"):
         next(stream(opened("http://127.0.0.1:9/x.tar")).steps(1))
@@ -365,7 +365,7 @@ def test_pipes_run_where_they_are_asked_for(tars: Path) -> None:
 def test_a_pipe_that_fails_or_hangs_is_an_error(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="the last 5 tars hold no image"):
         next(stream(opened("pipe:exit 7", allow_pipes=True)).steps(1))
-    monkeypatch.setattr(sources, "_PATIENCE", 0.05)
+    monkeypatch.setattr(remote_tars, "_PATIENCE", 0.05)
     with pytest.raises(DataError, match="printed nothing for"):
         next(stream(opened("pipe:exec sleep 60", allow_pipes=True)).steps(1))
     half = f"pipe:head -c 6000 {tars}/000.tar; exit 7"
@@ -526,14 +526,14 @@ def test_a_set_says_what_it_is(tars: Path) -> None:
     assert (len(shards), shards.classes, shards.name) == (8, None, f"{tars}/000.tar and 1 more")
     assert shards.fingerprint == opened((f"{tars}/000.tar", f"{tars}/001.tar")).fingerprint
     assert shards.fingerprint != opened(f"{tars}/000.tar").fingerprint
-    assert sources.shown("https://user:pass@host:8/a.tar?X-Amz-Signature=1#x") == "https://host:8/a.tar"
+    assert remote_tars.shown("https://user:pass@host:8/a.tar?X-Amz-Signature=1#x") == "https://host:8/a.tar"
     for wrong in ({"urls": []}, {"urls": ""}, {"urls": "x.tar", "shuffle": 0}):
         with pytest.raises(ConfigError):
             configs.validate(RemoteConfig, wrong)
 
 
 def test_a_buffer_mixes_tars(tars: Path) -> None:
-    tarsful = sources.Tars(opened(f"{tars}/{{000..002}}.tar").urls, 8, random.Random(0))
+    tarsful = remote_tars.Tars(opened(f"{tars}/{{000..002}}.tar").urls, 8, random.Random(0))
     wheres = [where for where, _ in itertools.islice(tarsful, 60)]
     changes = sum(one.split(": ")[0] != other.split(": ")[0] for one, other in itertools.pairwise(wheres))
     assert changes > 25  # fourteen if they came one tar after the other

@@ -280,7 +280,7 @@ def test_verify_names_all_that_is_damaged(root: Path, tmp_path: Path, workers: i
 @contextlib.contextmanager
 def shown(count: int):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("explora.data.index.SHOWN", count)
+        patch.setattr("explora.data.shards.index.SHOWN", count)
         yield
 
 
@@ -305,7 +305,7 @@ def test_few_files_are_open_at_a_time(root: Path, tmp_path: Path, monkeypatch: p
         return len(os.listdir("/proc/self/fd"))
 
     packed(root, tmp_path / "out", shard_bytes=1)
-    monkeypatch.setattr("explora.data.index.OPEN", 2)
+    monkeypatch.setattr("explora.data.shards.index.OPEN", 2)
     shards = ShardSet.open(tmp_path / "out")
     before = descriptors()
     expected = [shards.read(index) for index in range(7)]

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from explora.data import staging
-from explora.data.index import ShardSet
-from explora.data.listing import Listing, RawSample
-from explora.data.manifest import INDEX, MANIFEST, read_manifest, write_manifest
-from explora.data.pack import pack
+from explora.data.shards import staging
+from explora.data.shards.index import ShardSet
+from explora.data.shards.listing import Listing, RawSample
+from explora.data.shards.manifest import INDEX, MANIFEST, read_manifest, write_manifest
+from explora.data.shards.pack import pack
 from explora.errors import DataError
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from explora.data import synthetic
-from explora.data.synthetic_canvas import SAMPLES, fractal, paint, shrink
+from explora.data.synthetic.canvas import SAMPLES, fractal, paint, shrink
 from explora.errors import DataError
 
 PICTURES = [(domain, name) for domain, names in synthetic.CLASSES.items() for name in names]

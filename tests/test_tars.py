@@ -16,8 +16,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from explora.data.index import ShardSet
-from explora.data.tars import index
+from explora.data.shards.adopt import index
+from explora.data.shards.index import ShardSet
 from explora.errors import DataError
 
 # webdataset leaves the tars it reads to the garbage collector.
@@ -241,7 +241,9 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(r"b\.tar\.gz is compressed")
     (tmp_path / "b.tar.gz").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("explora.data.parts.write_manifest", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only")))
+        patch.setattr(
+            "explora.data.shards.parts.write_manifest", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only"))
+        )
         refused("cannot be written")
     (tmp_path / "index.npy").write_bytes(b"theirs")
     refused(r"holds index\.npy already")

@@ -5,16 +5,16 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from explora.data.decode import decode
-from explora.data.index import ShardSet, overlap
 from explora.data.intake import Intake, normalisation, refuse_strange, settle, whole_range
-from explora.data.listing import Listing, RawSample, Recipe
-from explora.data.manifest import Skipped
 from explora.data.masked import MaskedCrop
 from explora.data.mixture import Mixture
 from explora.data.order import Order
-from explora.data.pack import SHARD_MB, pack
 from explora.data.remote import RemoteConfig, RemoteSet, RemoteStream, remote
-from explora.data.staging import stage
+from explora.data.shards.index import ShardSet, overlap
+from explora.data.shards.listing import Listing, RawSample, Recipe
+from explora.data.shards.manifest import Skipped
+from explora.data.shards.pack import SHARD_MB, pack
+from explora.data.shards.staging import stage
 from explora.data.stream import Position, Step, Stream, batches, crops
 from explora.data.views import Center, Crop, Key, MultiCrop, Views
 

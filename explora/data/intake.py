@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from explora.bands import PHOTOGRAPH, Pixels, Scaling, Statistics
-from explora.data.index import ShardSet
+from explora.data.shards.index import ShardSet
 from explora.data.statistics import present
 from explora.data.views import Rule, Views
 from explora.errors import ConfigError, DataError

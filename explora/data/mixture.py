@@ -14,8 +14,8 @@ from functools import cached_property
 import numpy as np
 
 from explora.bands import Pixels
-from explora.data.index import ShardSet
 from explora.data.order import Epochs, Order
+from explora.data.shards.index import ShardSet
 from explora.data.views import STEP, Key
 from explora.errors import ConfigError
 

@@ -29,7 +29,7 @@ from explora.config import Config
 from explora.data.decode import decode
 from explora.data.intake import Intake
 from explora.data.loading import Made, Task, Unreadable, stacked
-from explora.data.sources import SCHEME, Tars, check, expanded, shown
+from explora.data.remote_tars import SCHEME, Tars, check, expanded, shown
 from explora.data.stream import Position, Step
 from explora.data.views import Key, Views
 from explora.errors import ConfigError, DataError

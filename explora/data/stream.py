@@ -10,10 +10,10 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from explora.data.index import ShardSet
 from explora.data.loading import Levels, Task, Unreadable, load, stacked
 from explora.data.mixture import CYCLE, Draws, Mixture
 from explora.data.order import Order
+from explora.data.shards.index import ShardSet
 from explora.data.views import Key, Views
 from explora.errors import ConfigError, DataError
 

@@ -15,7 +15,7 @@ from explora import config as configs
 from explora.bands import Pixels
 from explora.data import SHARD_MB, Recipe, ShardSet
 from explora.data import pack as write_shards
-from explora.data.crew import Progress
+from explora.data.shards.crew import Progress
 from explora.errors import DataError
 from explora.stages.training import logger
 

@@ -9,9 +9,9 @@ from typing import Any
 from explora import config as configs
 from explora.bands import PHOTOGRAPH, Pixels
 from explora.data import ShardSet
-from explora.data.survey import record, survey
-from explora.data.tars import class_names
-from explora.data.tars import index as adopt
+from explora.data.shards.adopt import class_names
+from explora.data.shards.adopt import index as adopt
+from explora.data.shards.survey import record, survey
 from explora.stages.pack import watched
 from explora.stages.training import logger
 

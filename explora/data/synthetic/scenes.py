@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
-from explora.data.synthetic_canvas import (
+from explora.data.synthetic.canvas import (
     PAVEMENTS,
     ROOFS,
     SAMPLES,

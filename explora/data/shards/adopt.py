@@ -15,12 +15,12 @@ from typing import IO, Final, NamedTuple
 import numpy as np
 
 from explora.bands import PHOTOGRAPH, Pixels
-from explora.data.crew import Count, Progress, work
 from explora.data.decode import MAX_BYTES, decode
-from explora.data.index import ShardSet
-from explora.data.listing import EXTENSIONS, Listing
-from explora.data.manifest import INDEX, MANIFEST, ROW, Skipped, digest
-from explora.data.parts import Part, announce, bind
+from explora.data.shards.crew import Count, Progress, work
+from explora.data.shards.index import ShardSet
+from explora.data.shards.listing import EXTENSIONS, Listing
+from explora.data.shards.manifest import INDEX, MANIFEST, ROW, Skipped, digest
+from explora.data.shards.parts import Part, announce, bind
 from explora.data.statistics import Tally
 from explora.errors import DataError, RunError
 from explora.runs import sync

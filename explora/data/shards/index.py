@@ -16,9 +16,18 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from explora.bands import Pixels
-from explora.data.crew import Count, Progress, work
 from explora.data.decode import decode
-from explora.data.manifest import INDEX, Manifest, Skipped, damaged, digest, fingerprint, read_index, read_manifest
+from explora.data.shards.crew import Count, Progress, work
+from explora.data.shards.manifest import (
+    INDEX,
+    Manifest,
+    Skipped,
+    damaged,
+    digest,
+    fingerprint,
+    read_index,
+    read_manifest,
+)
 from explora.errors import DataError
 
 OPEN: Final = 256

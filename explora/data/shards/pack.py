@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from explora.data.crew import Progress, work
-from explora.data.index import ShardSet
-from explora.data.listing import Listing, RawSample
-from explora.data.parts import Part, announce, bind, replacing
-from explora.data.writer import SAMPLES, WHOLE, Job, to_line, write_shard
+from explora.data.shards.crew import Progress, work
+from explora.data.shards.index import ShardSet
+from explora.data.shards.listing import Listing, RawSample
+from explora.data.shards.parts import Part, announce, bind, replacing
+from explora.data.shards.writer import SAMPLES, WHOLE, Job, to_line, write_shard
 from explora.errors import DataError
 from explora.runs import sync
 

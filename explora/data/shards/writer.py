@@ -19,11 +19,11 @@ import tifffile
 from PIL import Image
 
 from explora.bands import Pixels
-from explora.data.crew import Count
 from explora.data.decode import MAX_BYTES, decode
-from explora.data.listing import EXTENSIONS, RawSample
-from explora.data.manifest import ROW, Skipped, digest
-from explora.data.parts import Part
+from explora.data.shards.crew import Count
+from explora.data.shards.listing import EXTENSIONS, RawSample
+from explora.data.shards.manifest import ROW, Skipped, digest
+from explora.data.shards.parts import Part
 from explora.data.statistics import Tally
 from explora.errors import DataError
 from explora.runs import sync

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from explora.data.manifest import (
+from explora.data.shards.manifest import (
     INDEX,
     MANIFEST,
     Manifest,

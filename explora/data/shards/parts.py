@@ -14,9 +14,9 @@ from typing import IO, Final
 import numpy as np
 
 from explora.bands import Pixels
-from explora.data.index import ShardSet, among, overlap
-from explora.data.listing import Listing
-from explora.data.manifest import INDEX, ROW, Manifest, ShardFile, Skipped, fingerprint, write_manifest
+from explora.data.shards.index import ShardSet, among, overlap
+from explora.data.shards.listing import Listing
+from explora.data.shards.manifest import INDEX, ROW, Manifest, ShardFile, Skipped, fingerprint, write_manifest
 from explora.data.statistics import Tally
 from explora.errors import DataError
 

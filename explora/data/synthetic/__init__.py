@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from explora.data.synthetic_photos import PHOTOS, render_photo
-from explora.data.synthetic_scenes import SCENES, render_scene
+from explora.data.synthetic.photos import PHOTOS, render_photo
+from explora.data.synthetic.scenes import SCENES, render_scene
 from explora.errors import DataError
 
 Domain = Literal["scenes", "photos"]

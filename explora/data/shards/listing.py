@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from explora.bands import PHOTOGRAPH, Pixels
-from explora.data.manifest import Groups
+from explora.data.shards.manifest import Groups
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 """Endings of the files that are images."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
-from explora.data.synthetic_canvas import SAMPLES, Array, field, fractal, mixture, paint, planes, shrink, step
+from explora.data.synthetic.canvas import SAMPLES, Array, field, fractal, mixture, paint, planes, shrink, step
 
 # Ends of natural colours, RGB: a thing that has them draws a mixture, any other thing draws any hue.
 _HIGH = ((0.25, 0.48, 0.80), (0.55, 0.70, 0.88), (0.72, 0.73, 0.74), (0.82, 0.72, 0.58), (0.50, 0.55, 0.52))

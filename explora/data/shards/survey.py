@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from explora.bands import Pixels
-from explora.data.crew import Count, Progress, work
-from explora.data.index import ShardSet
-from explora.data.manifest import write_manifest
-from explora.data.parts import with_statistics
+from explora.data.shards.crew import Count, Progress, work
+from explora.data.shards.index import ShardSet
+from explora.data.shards.manifest import write_manifest
+from explora.data.shards.parts import with_statistics
 from explora.data.statistics import Tally
 
 

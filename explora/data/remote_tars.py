@@ -33,8 +33,8 @@ from webdataset.gopen import gopen_pipe
 from webdataset.tariterators import group_by_keys
 
 from explora.data.decode import MAX_BYTES
-from explora.data.listing import EXTENSIONS
 from explora.data.loading import Unreadable
+from explora.data.shards.listing import EXTENSIONS
 from explora.errors import ConfigError, DataError
 
 SCHEME = re.compile(r"(pipe):|([A-Za-z][A-Za-z0-9+.-]+)://")

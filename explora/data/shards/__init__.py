@@ -1,0 +1,1 @@
+"""The format of packed shards: what lies in a folder, how it is written, adopted, checked and copied."""
