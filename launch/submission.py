@@ -13,6 +13,7 @@ from explora.runs import Run
 from explora.stages.finetune import FinetuneConfig
 from explora.stages.pretrain import PretrainConfig
 from explora.stages.section import blueprint, fitted
+from explora.stages.sources import folders, pixels_in
 from launch import chain, local, profiles, records, slurm
 from launch.chain import Chain
 from launch.profiles import Cluster, Slurm
@@ -106,9 +107,10 @@ def _refuse_other_config(whole: Chain) -> None:
         if (point.out / "config.yaml").is_file():
             config = configs.validate(chain.kind_of(point.config), point.config)
             if isinstance(config, PretrainConfig | FinetuneConfig):
-                try:
-                    config = fitted(config, blueprint(config.model).vit)  # as the stage records it
-                except WeightsError:  # a container may see weights that are not here
+                places = [config.train] if isinstance(config, FinetuneConfig) else folders(config.shards).values()
+                try:  # as the stage records it
+                    config = fitted(config, blueprint(config.model).vit, pixels_in(*places))
+                except (WeightsError, DataError):  # a container may see weights and shards that are not here
                     continue
             with Run.open(point.out, config):
                 pass

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from explora import config as configs
-from explora.bands import Pixels
 from explora.config import Overrides
 from explora.data import Center, ShardSet
 from explora.distributed import device_of, precision_on
@@ -33,7 +32,7 @@ from explora.stages.section import (
     fitted,
     rehearse,
 )
-from explora.stages.sources import folders
+from explora.stages.sources import folders, pixels_in
 from explora.stages.training import families, learning, parameter_counts
 
 
@@ -63,7 +62,7 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         chain = configs.validate(RunConfig, raw, source)
         model, needed = chain.model, {f"data.{role}": folder for role, folder in chain.data.folders().items()}
         loaded = _sketch(model)
-        seen = _pixels(chain.data.pretrain or chain.data.train)
+        seen = pixels_in(chain.data.pretrain or chain.data.train)
         tune = None if chain.finetune is None else fitted(chain.finetune, loaded.vit, seen)
         learns = fitted(chain.pretrain, loaded.vit, seen)
         yield configs.dump(chain.model_copy(update={"pretrain": learns, "finetune": tune}))
@@ -74,13 +73,13 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         tuning = configs.validate(FinetuneConfig, raw, source)
         model, needed = tuning.model, {"train": tuning.train}
         loaded = _sketch(model)
-        yield configs.dump(fitted(tuning, loaded.vit, _pixels(tuning.train)))
+        yield configs.dump(fitted(tuning, loaded.vit, pixels_in(tuning.train)))
         yield from _finetune(tuning, copy.deepcopy(loaded), tuning.train)
     else:
         training = configs.validate(PretrainConfig, raw, source)
         model, loaded = training.model, _sketch(training.model)
         needed = {**folders(training.shards)}
-        yield configs.dump(fitted(training, loaded.vit, _pixels(*needed.values())))
+        yield configs.dump(fitted(training, loaded.vit, pixels_in(*needed.values())))
         yield from _pretrain(training, model, copy.deepcopy(loaded))
         needed |= {"monitor.shards": training.monitor.shards} if training.monitor else {}
     yield _missing({**needed, **_weights("model", model)})
@@ -179,12 +178,6 @@ def _classes(shards: Path) -> int:
     if (shards / "manifest.json").is_file():
         return len(ShardSet.open(shards).classes or ()) or 2
     return sum(path.is_dir() for path in shards.iterdir()) or 2 if shards.is_dir() else 2
-
-
-def _pixels(*places: str | None) -> Pixels | None:
-    """What the values of packed shards are; None where there are none yet."""
-    packed = [place for place in places if place is not None and (Path(place) / "manifest.json").is_file()]
-    return ShardSet.open(packed[0]).pixels if packed else None
 
 
 def _missing(needed: Mapping[str, str | None]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TypeAlias
 
 from pydantic import Field
 
+from explora.bands import Pixels
 from explora.config import Config
 from explora.data import Mixture, RemoteConfig, RemoteSet, ShardSet, Views, refuse_strange, remote, stage
 from explora.distributed import on_first
@@ -47,6 +49,16 @@ def folders(sources: Sources) -> dict[str, str]:
     if isinstance(sources, tuple):
         return {f"shards.{number}.path": source.path for number, source in enumerate(sources)}
     return {}
+
+
+def pixels_in(*places: str | None) -> Pixels | None:
+    """What the values of packed shards are, of the first of some folders that are there; None where there are none.
+
+    Raises:
+        DataError: the shards are damaged.
+    """
+    packed = [place for place in places if place is not None and (Path(place) / "manifest.json").is_file()]
+    return ShardSet.open(packed[0]).pixels if packed else None
 
 
 def refuse_strange_sets(found: AnySet, views: Views) -> None:
