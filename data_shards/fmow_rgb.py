@@ -53,7 +53,8 @@ def samples(root: str | Path, split: str | None = None) -> Listing:
     and its height with the image's width.
 
     Raises:
-        DataError: the layout is another one, there is no such split, or images or metadata are absent or damaged.
+        DataError: the layout is another one, there is no such split, or most images or metadata are absent or damaged.
+            A few that are become faulty samples.
     """
     expected = f"<split>{CSV_ENDING} or <split>/<class>/<class>_<location>/<class>_<location>_<image>_rgb.jpg"
     root = existing(root, expected)
@@ -95,14 +96,22 @@ def _boxes(split: Path) -> Iterator[RawSample]:
             folder = split / category / place
             files = [name for name in entries(folder)[0] if name.endswith(("_rgb.jpg", "_rgb.json"))]
             for stem in sorted({Path(name).stem for name in files}):
-                boxes, many = _metadata(folder / f"{stem}.json")
+                image, name = folder / f"{stem}.jpg", f"{split.name}/{category}/{place}/{stem}.jpg"
+                try:
+                    boxes, many = _metadata(folder / f"{stem}.json")
+                except DataError as error:
+                    yield RawSample(image, name=name, fault=str(error))
+                    continue
                 for number, (label, box) in boxes.items():
-                    name = f"{split.name}/{category}/{place}/{stem}.jpg" + (f"#{number}" if many else "")
-                    yield RawSample(folder / f"{stem}.jpg", label, name=name, box=box)
+                    yield RawSample(image, label, name=name + (f"#{number}" if many else ""), box=box)
 
 
 def _metadata(path: Path) -> tuple[dict[int, tuple[int, Box]], bool]:
-    """Label and part to cut out of each usable box by its number, and whether there are more boxes than one."""
+    """Label and part to cut out of each usable box by its number, and whether there are more boxes than one.
+
+    Raises:
+        DataError: the file is absent or damaged, or names another class.
+    """
     try:
         content = json.loads(path.read_bytes())
         boxes: Any = content["bounding_boxes"]
@@ -112,14 +121,14 @@ def _metadata(path: Path) -> tuple[dict[int, tuple[int, Box]], bool]:
             raise ValueError(f"an image of {width} x {height} pixels")
         read = [(box["category"], *map(int, box["box"])) for box in boxes]
         cut = {
-            number: (label_of(category, str(path)), _with_context((x, y, w, h), width, height))
+            number: (label_of(category, path.name), _with_context((x, y, w, h), width, height))
             for number, (category, x, y, w, h) in enumerate(read)
             if category != NO_CLASS and min(w, h) >= _SMALLEST
         }
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: no readable metadata of fMoW: {error!r}; fetch it and its image again") from None
+        raise DataError(f"{path.name}: no readable metadata of fMoW: {error!r}; fetch it again") from None
     return cut, len(boxes) > 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from data_shards.fmow_rgb import CLASSES, label_of
@@ -19,14 +20,14 @@ def samples(root: str | Path, split: str | None = None) -> Listing:
     """`<split>.csv` with `category, location_id, image_id`, and `<split>/<cat>/<cat>_<loc>/<cat>_<loc>_<img>.tif`.
 
     The CSVs (`train`, `val`, `test_gt` from purl.stanford.edu/vg497cb6002) lie in the root, the folders beside them or
-    in `fmow-sentinel`, as the archive unpacks. Where a CSV has a column `image_path` and its first row leads to a file,
-    that column counts instead, relative to the root.
+    in `fmow-sentinel`, as the archive unpacks. Where a CSV has a column `image_path` that leads to a file in one of the
+    first 100 rows, that column counts instead, relative to the root.
 
     The order of the bands is the one of SatMAE's statistics (Cong et al., 2022), B8A between B08 and B09. No file says
     so. What `explora pack` finds does: B10 (cirrus) is by far the darkest band, with a mean of about 15.
 
     Raises:
-        DataError: the layout is another one, there is no such split, or images are absent.
+        DataError: the layout is another one, there is no such split, or most images are absent.
     """
     expected = "<split>.csv and <split>/<category>/<category>_<location>/<category>_<location>_<image>.tif"
     root = existing(root, expected)
@@ -39,11 +40,10 @@ def samples(root: str | Path, split: str | None = None) -> Listing:
 def _rows(table: Path) -> Iterator[RawSample]:
     root, split = table.parent, table.stem
     home = next((home for home in ("", "fmow-sentinel/") if (root / home / split).is_dir()), "")
-    by_column: bool | None = None
+    first = [row.get("image_path", "") for _, row in islice(csv_rows(table, COLUMNS), 100)]
+    by_column = any(path and (root / path).is_file() for path in first)
     for line, row in csv_rows(table, COLUMNS):
         category, path = row["category"], row.get("image_path", "")
-        if by_column is None:
-            by_column = bool(path) and (root / path).is_file()
         if not by_column:
             place = f"{category}_{row['location_id']}"
             path = f"{home}{split}/{category}/{place}/{place}_{row['image_id']}.tif"

@@ -18,6 +18,8 @@ PHOTOS = (".jpg", ".jpeg", ".png")
 """Endings of 8-bit pictures."""
 TIFFS = (".tif", ".tiff")
 """Endings of images of any bands."""
+LOOKED_AT = 1_000
+"""So many images are looked at before packing; of a list of millions that would take as long as packing it."""
 
 
 class Samples(Iterable[RawSample]):
@@ -31,27 +33,36 @@ class Samples(Iterable[RawSample]):
 
 
 def checked(samples: Samples, source: Path) -> Samples:
-    """The same images, once all were gone through and all files are known to be there.
+    """The same images, once the first 1,000 were looked at: a few that are absent are left to the packer, which leaves
+    them out and says so, but where most are, the root or the paths are wrong.
 
     Raises:
-        DataError: there are no images, files are absent, or whatever finding them raises.
+        DataError: there are no images, more than half of them are absent or faulty, or whatever finding them raises;
+            what is wrong further on is raised as the images are gone through.
     """
-    count, absent, first = 0, 0, Path()
-    for count, sample in enumerate(samples, 1):  # noqa: B007 count is of use after the loop
-        if not os.path.isfile(sample.path):
-            absent, first = absent + 1, first if absent else sample.path
+    count, absent, first = 0, 0, ""
+    for count, sample in enumerate(samples, 1):
+        fault = sample.fault or ("" if os.path.isfile(sample.path) else "absent")
+        if fault:
+            absent, first = absent + 1, first or f"{sample.path} ({fault})"
+        if count >= LOOKED_AT and absent <= count / 2:
+            return samples
     if not count:
         raise DataError(f"{source}: no images in it")
-    if absent:
-        raise DataError(f"{source}: {absent} of {count} images are not where they should be; the first is {first}")
+    _refuse_if_most(absent, count, first, source)
     return samples
+
+
+def _refuse_if_most(absent: int, count: int, first: str, source: Path) -> None:
+    if absent > count / 2:
+        raise DataError(f"{source}: {absent} of {count} images are not where they should be; the first is {first}")
 
 
 def joined(parts: Sequence[Path], find: Callable[[Path], Iterator[RawSample]]) -> Samples:
     """The images that `find` finds in one list or folder after the other, each `checked`.
 
     Raises:
-        DataError: a part has no images, files are absent, or whatever finding them raises.
+        DataError: a part has no images, most of its files are absent, or whatever finding them raises.
     """
     for part in parts:
         checked(Samples(partial(find, part)), part)
@@ -155,12 +166,12 @@ class ClassFolders:
     """What stored values mean."""
 
     def listing(self, root: str | Path, split: str | None) -> Listing:
-        """All images by class and name, or those of a split in the order of its list.
+        """All images by class and name, or those of a split in the order of its list, absent ones as faulty.
 
         The tree may also be divided already, into `{train,val,test}/<class>/<image>`.
 
         Raises:
-            DataError: no class folders or images, folders of other classes, no such split, or absent images.
+            DataError: no class folders or images, folders of other classes, no such split, or most images absent.
         """
         root = existing(root, f"one folder for each class ({self.classes[0]}, ...)")
         home = next((root / home for home in self.homes if self._has_classes(root / home)), None)
@@ -211,12 +222,12 @@ class ClassFolders:
             raise DataError(f"{lists[split]}: cannot be read: {error}") from None
         names = [line.strip() for line in lines if line.strip()]
         by_stem = {image.path.stem: image for image in images}
-        listed = [by_stem.get(PurePosixPath(name).stem) for name in names]
-        absent = [name for name, image in zip(names, listed, strict=True) if image is None]
-        if absent:
-            raise DataError(
-                f"{lists[split]}: {len(absent)} of {len(names)} listed images are not there; the first is {absent[0]}"
-            )
-        if not listed:
+        if not names:
             raise DataError(f"{lists[split]}: no images in it")
-        return [image for image in listed if image is not None]
+        fault = f"absent, but listed in {lists[split].name}"
+        listed = [
+            by_stem.get(PurePosixPath(name).stem) or RawSample(root / name, name=name, fault=fault) for name in names
+        ]
+        absent = [image.name for image in listed if image.fault]
+        _refuse_if_most(len(absent), len(names), next(iter(absent), ""), lists[split])
+        return listed

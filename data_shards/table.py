@@ -31,9 +31,11 @@ def samples(root: str | Path, split: str | None = None) -> Listing:
     (-1: none); text is numbered by the alphabet over all splits. Empty cells are no label, no group.
 
     Raises:
-        DataError: the file is absent, damaged or empty, lacks the path or the split asked for, or images are absent.
+        DataError: the file is absent, damaged or empty, lacks the path or the split asked for; most images are absent.
     """
     table = Path(root)
+    if table.is_dir():
+        raise DataError(f"{table}: is a folder; give the .csv or .parquet file itself")
     if not table.is_file():
         raise DataError(f"{table}: no such file; expected a .csv or .parquet with the column path, and perhaps label")
     names = _columns(table)

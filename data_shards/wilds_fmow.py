@@ -35,7 +35,7 @@ def samples(root: str | Path, split: str | None = None) -> Listing:
     the group `Other`, which WILDS does not count when it looks for the worst region. Years are not kept.
 
     Raises:
-        DataError: the layout is another one, there is no such split, or images are absent.
+        DataError: the layout is another one, there is no such split, or most images are absent.
     """
     root = existing(root, f"{IMAGES}, {COUNTRIES} and images/rgb_img_<row>.png")
     for name in (IMAGES, COUNTRIES):

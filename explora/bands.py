@@ -61,7 +61,7 @@ class Pixels(Config):
     unit: Unit = "level"
     """What values are, once scaled."""
     scale: float = Field(1 / 255, gt=0)
-    """Values of one stored step."""
+    """Value of one stored step; left out: 1/255 for 8-bit levels, 1 for dn and floats, else it is needed."""
     offset: float = 0.0
     """Value of a stored 0."""
     nodata: float | None = None
@@ -74,6 +74,30 @@ class Pixels(Config):
         return (
             [{"name": band} if isinstance(band, str) else band for band in bands] if isinstance(bands, list) else bands
         )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_scale(cls, given: Any) -> Any:
+        """A scale is never guessed where guessing it wrong would show nowhere."""
+        if not isinstance(given, Mapping) or "scale" in given:
+            return given
+        dtype, unit = given.get("dtype", "uint8"), given.get("unit", "level")
+        if (dtype, unit) == ("uint8", "level"):
+            return given
+        if dtype == "float32" or unit == "dn":
+            return {**given, "scale": 1.0}
+        example = f"scale: {1 / 65535:.6g}" if unit == "level" else "scale: 0.0001"
+        raise ValueError(f"scale is needed: how much {unit} is one step of {dtype}? such as `{example}`, or `unit: dn`")
+
+    @model_validator(mode="after")
+    def _levels_end_at_one(self) -> Pixels:
+        most = {"uint8": 255, "int16": 32767, "uint16": 65535}.get(self.dtype)
+        if self.unit == "level" and most is not None and most * self.scale + self.offset > 1.01:
+            raise ValueError(
+                f"levels are in [0, 1], but {most} times scale plus offset is {most * self.scale + self.offset:.4g}; "
+                f"set scale to {1 / most:.6g}, or unit to dn or reflectance"
+            )
+        return self
 
     @model_validator(mode="after")
     def _told_apart(self) -> Pixels:

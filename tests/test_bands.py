@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from explora.bands import PHOTOGRAPH, RGB, SENTINEL2, Band, Pixels, Scaling, canonical, sentinel2
-from explora.errors import DataError
+from explora.config import validate
+from explora.errors import ConfigError, DataError
 
 ORDER = ["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12"]
 SPELLINGS = {
@@ -81,3 +82,14 @@ def test_photographs_are_red_green_blue_levels() -> None:
 def test_a_scaling_rises_in_every_band(low: tuple[float, ...], high: tuple[float, ...]) -> None:
     with pytest.raises(ValidationError, match="low below high"):
         Scaling(unit="dn", low=low, high=high)
+
+
+def test_a_scale_that_nobody_gave_is_no_guess() -> None:
+    assert validate(Pixels, {"bands": ["red"]}).scale == 1 / 255
+    assert validate(Pixels, {"bands": ["red"], "dtype": "uint16", "unit": "dn"}).scale == 1
+    assert validate(Pixels, {"bands": ["VV"], "dtype": "float32", "unit": "decibel"}).scale == 1
+    for unit in ("reflectance", "level"):
+        with pytest.raises(ConfigError, match="scale is needed"):
+            validate(Pixels, {"bands": ["red"], "dtype": "uint16", "unit": unit})
+    with pytest.raises(ConfigError, match=r"levels are in \[0, 1\].*set scale to 1.52"):
+        validate(Pixels, {"bands": ["red"], "dtype": "uint16", "unit": "level", "scale": 1})

@@ -15,7 +15,7 @@ from conftest import MODEL, Answer
 
 import explora
 from explora.config import load
-from explora.errors import ConfigError
+from explora.errors import ConfigError, DataError
 from explora.models import Loaded, build
 from explora.stages.check import flops_per_image
 from explora.stages.finetune import FinetuneSection
@@ -123,6 +123,55 @@ def test_check_knows_the_models_of_a_probe(tmp_path: Path, probing: Make, explor
     assert explora.check(probing(tmp_path / "out")).endswith("ready to run")
     with pytest.raises(ConfigError, match="a crop of 30 px is no multiple of the patch size 8; use 24 or 32"):
         explora.check(probing(tmp_path / "out", view={"size": 30}))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("pipe:cat x.tar", "would run a command in a shell; set allow_pipes: true"),
+        ("s3://bucket/x.tar", "explora reads no s3:// itself"),
+        ("https://host/x.tar", "remote tars do not say how many images they hold; give `samples`"),
+        ({"urls": "https://host/{0..", "samples": 9}, "urls: "),
+        ({"urls": "https://host/x.tar", "samples": 9}, "monitor.shards is needed: images from afar"),
+        ([("train", 1), ("test", 1e-6)], "is less than one draw in 1024"),
+        ([("train", 1), ("test", float("inf"))], "shards.1.weight: expected a finite number"),
+    ],
+)
+def test_check_says_of_any_source_what_the_run_would_say(
+    tmp_path: Path,
+    shards: dict[str, Path],
+    pretraining: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    given: Any,
+    words: str,
+) -> None:
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("check went to the network"))
+    if isinstance(given, list):
+        given = [{"path": str(shards[role]), "weight": weight} for role, weight in given]
+    config = pretraining(tmp_path / "out", shards=given)
+    for verb in (explora.check, explora.pretrain):
+        with pytest.raises((ConfigError, DataError), match=re.escape(words)):
+            verb(config)
+
+
+def test_check_is_content_with_sources_that_a_run_would_take(
+    tmp_path: Path, shards: dict[str, Path], images: dict[str, Path], pretraining: Make, finetuning: Make
+) -> None:
+    remote = {"urls": ["pipe:cat x.tar", "https://host/x.tar"], "samples": 9, "allow_pipes": True}
+    config = pretraining(tmp_path / "out", shards=remote, monitor={"shards": str(shards["test"])})
+    assert explora.check(config).endswith("ready to run")
+    assert explora.check({**config, "monitor": None}).endswith("ready to run")
+    text = explora.check({**config, "monitor": {"shards": "nowhere"}})
+    assert text.endswith("before it can run:\n  monitor.shards: nowhere does not exist")
+    mixed = [{"path": str(shards["train"]), "weight": 2}, {"path": "nowhere"}]
+    text = explora.check(pretraining(tmp_path / "out", shards=mixed))
+    assert text.endswith("before it can run:\n  shards.1.path: nowhere does not exist")
+    for config in (
+        pretraining(tmp_path / "out", shards=str(images["train"])),
+        finetuning(tmp_path / "out", train=str(images["train"])),
+    ):
+        with pytest.raises(DataError, match="not packed shards"):
+            explora.check(config)
 
 
 def test_the_template_for_own_images_is_checked_without_a_network(

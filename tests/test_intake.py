@@ -246,7 +246,9 @@ def test_a_wrong_scale_is_refused(wrong: str) -> None:
     change, dtype = WRONG[wrong]
     pixels = known(said(RGB), sentinel()).model_copy(update={"dtype": dtype})
     shards: Any = Shards(pixels, [change(image) for image in sentinel()])
-    with pytest.raises(DataError, match=r"band B0\d: .*% of the values in 40 images .*`explora stats`"):
+    with pytest.raises(
+        DataError, match=r"band B0\d: .*% of the values in 40 images .*`explora stats`.*again with --pixels"
+    ):
         refuse_strange(shards, settle(views(), pixels))
 
 
@@ -262,6 +264,30 @@ def test_a_scaling_for_other_values_is_refused_without_statistics() -> None:
     wide = Scaling(unit="dn", low=(0.0,) * 3, high=(4000.0,) * 3)
     shards = Shards(pixels, images)
     refuse_strange(shards, views(scaling=wide))
+
+
+@pytest.mark.parametrize(("added", "passes"), [(1000, True), (0, False)])
+def test_clipping_is_counted_in_units_with_the_offset(added: int, passes: bool) -> None:
+    """Sentinel-2 of baseline 04.00: reflectance = (dn - 1000) / 10000; without these 1000 all would be below zero."""
+    images = [image + np.uint16(added) for image in sentinel()]
+    pixels = said(RGB, unit="reflectance", scale=1e-4, offset=-0.1)
+    shards: Any = Shards(pixels, images)
+    scaling = Scaling(unit="reflectance", low=(0.01,) * 3, high=(0.16,) * 3)
+    if passes:
+        refuse_strange(shards, views(scaling=scaling))
+    else:
+        with pytest.raises(DataError, match=r"band B04: views.scaling clips .* not in 0.01 to 0.16 reflectance"):
+            refuse_strange(shards, views(scaling=scaling))
+
+
+def test_a_range_that_leaves_nothing_is_refused() -> None:
+    """Numbers in counts where the images are in reflectance: nothing is clipped, and all becomes black."""
+    images = sentinel()
+    pixels = known(said(RGB, unit="reflectance", scale=1e-4), images)
+    shards: Any = Shards(pixels, images)
+    with pytest.raises(DataError, match=r"of 255 levels between the 2nd and the 98th percentile of any band; is it in"):
+        refuse_strange(shards, views(scaling=Scaling(unit="reflectance", low=(0.0,) * 3, high=(3000.0,) * 3)))
+    refuse_strange(shards, views(scaling=Scaling(unit="reflectance", low=(0.0,) * 3, high=(1.0,) * 3)))
 
 
 def test_black_and_white_photographs_are_not_clipped_by_levels() -> None:

@@ -119,3 +119,30 @@ def test_the_demo_calls_its_domains_by_name(tmp_path: Path, monkeypatch: pytest.
         assert len(list(folder.rglob("*.jpg"))) == 10
         names[role] = explora.pack(folder, tmp_path / "shards" / role).name
     assert names == {"train": "scenes", "test": "scenes", "source_train": "photos", "source_test": "photos"}
+
+
+def test_shards_are_not_packed_among_the_classes(images: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(images["test"], root)
+    with pytest.raises(DataError, match="would pass for a class"):
+        explora.pack(root, root / "shards")
+    assert not (root / "shards").exists()
+    assert len(explora.pack(root, tmp_path / "shards")) == 10
+
+
+def test_images_that_taught_and_judge_are_named_in_the_report(
+    chaining: Callable[..., dict[str, Any]],
+    images: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    test = tmp_path / "test"
+    shutil.copytree(images["test"], test)
+    taught = next(images["train"].glob("*/*"))
+    shutil.copy(taught, test / taught.parent.name / f"again{taught.suffix}")
+    config = chaining(tmp_path / "run", finetune=None)
+    config["data"] = {"train": str(images["train"]), "test": str(test)}
+    explora.run(config)
+    said = "data.test: 1 of its 11 images are in data.train, too"
+    assert said in caplog.messages
+    assert said in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

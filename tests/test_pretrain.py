@@ -18,8 +18,8 @@ from explora.data import Center
 from explora.engine import Monitor
 from explora.errors import ConfigError
 from explora.models import ViT, load_backbone
+from explora.stages.fitting import fit_views
 from explora.stages.pretrain import PretrainSection
-from explora.stages.section import fit_views
 
 Make = Callable[..., dict[str, Any]]
 

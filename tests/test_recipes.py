@@ -7,16 +7,17 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_shards import eurosat, folder, resisc45, table, ucmerced
+from data_shards.layout import Samples, checked
 from explora.bands import PHOTOGRAPH, SENTINEL2
 from explora.data.decode import decode
-from explora.data.shards.listing import Listing
+from explora.data.shards.listing import Listing, RawSample
 from explora.data.shards.manifest import Groups
 from explora.errors import DataError
 
@@ -148,9 +149,8 @@ def test_class_folders_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no split 'train'; expected a list eurosat-train\.txt"):
         eurosat.samples13(tmp_path, "train")
     (tmp_path / "eurosat-train.txt").write_text("Forest_1.jpg\nRiver_7.jpg\nRiver_8.jpg\n")
-    with pytest.raises(
-        DataError, match=r"eurosat-train\.txt: 2 of 3 listed images are not there; the first is River_7\.jpg"
-    ):
+    said = r"eurosat-train\.txt: 2 of 3 images are not where they should be; the first is River_7\.jpg"
+    with pytest.raises(DataError, match=said):
         eurosat.samples13(tmp_path, "train")
     (tmp_path / "eurosat-train.txt").write_text("\n")
     with pytest.raises(DataError, match="no images in it"):
@@ -161,6 +161,42 @@ def test_class_folders_say_what_is_wrong(tmp_path: Path) -> None:
     touch(tmp_path, "Rivers/River_1.tif")
     with pytest.raises(DataError, match="Rivers is no class of this data set, whose classes are AnnualCrop, "):
         eurosat.samples13(tmp_path)
+
+
+def test_a_few_listed_images_may_be_absent(tmp_path: Path) -> None:
+    touch(tmp_path, "River/River_1.tif", "Forest/Forest_1.tif")
+    (tmp_path / "eurosat-train.txt").write_text("Forest_1.jpg\nRiver_7.jpg\nRiver_1.jpg\n")
+    found = [(sample.name, sample.fault) for sample in eurosat.samples13(tmp_path, "train").samples]
+    fault = "absent, but listed in eurosat-train.txt"
+    assert found == [("Forest/Forest_1.tif", ""), ("River_7.jpg", fault), ("River/River_1.tif", "")]
+
+
+def test_only_the_first_images_are_looked_at_unless_most_are_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_shards.layout.LOOKED_AT", 4)
+    touch(tmp_path, "there.png")
+    seen: list[int] = []
+
+    def check(names: Sequence[str]) -> str:
+        def find() -> Iterator[RawSample]:
+            seen.clear()
+            for number, name in enumerate(names, 1):
+                seen.append(number)
+                yield RawSample(tmp_path / f"{name}.png")
+            raise DataError("line 10: damaged")
+
+        samples = checked(Samples(find), tmp_path / "list.csv")
+        looked_at = len(seen)
+        with pytest.raises(DataError, match="line 10: damaged"):
+            list(samples)
+        return f"{looked_at} of {len(seen)}"
+
+    assert check(["there"] * 9) == "4 of 9"
+    assert check(["x", "there", "x", "there"] + ["x"] * 5) == "4 of 9"
+    assert check(["x", "x", "x"] + ["there"] * 6) == "6 of 9"
+    with pytest.raises(DataError, match="line 10: damaged"):
+        check(["x"] * 9)
 
 
 @pytest.mark.parametrize("home", ["NWPU-RESISC45", ""])

@@ -111,20 +111,33 @@ def test_official_metadata_that_is_wrong(tmp_path: Path) -> None:
     root = official(tmp_path)
     path = root / "train/zoo/zoo_0/zoo_0_1_rgb.json"
     whole = path.read_text()
+    name = "train/zoo/zoo_0/zoo_0_1_rgb.jpg"
+
+    def fault() -> str:
+        found = {sample.name: sample for sample in fmow_rgb.samples(root, "train").samples}
+        assert len(found) == 4
+        assert [key for key, sample in found.items() if sample.fault] == [name]
+        assert (found[name].path, found[name].label) == (root / name, -1)
+        return found[name].fault
+
+    deep = "[" * 100_000
+    for damaged in ("", "[]", deep, whole[:-10], whole.replace('"box"', '"bux"'), whole.replace("1000", "0")):
+        path.write_text(damaged)
+        assert fault().startswith("zoo_0_1_rgb.json: no readable metadata of fMoW: ")
+    path.write_text(whole.replace('"zoo"', '"circus"'))
+    assert fault() == "zoo_0_1_rgb.json: 'circus' is none of the 62 classes of fMoW"
+    path.unlink()
+    assert fault().startswith("zoo_0_1_rgb.json: no readable metadata of fMoW: FileNotFoundError")
+
+
+def test_official_images_that_are_absent(tmp_path: Path) -> None:
+    root = official(tmp_path)
     (root / "train/airport/airport_12/airport_12_3_rgb.jpg").unlink()
-    with pytest.raises(DataError, match=r"train: 1 of 4 images are not where they should be; .*airport_12_3_rgb\.jpg"):
+    assert len(list(fmow_rgb.samples(root, "train").samples)) == 4, "the packer leaves it out"
+    (root / "train/zoo/zoo_0/zoo_0_0_rgb.json").write_text("")
+    with pytest.raises(DataError, match=r"train: 2 of 3 images are not where .*airport_12_3_rgb\.jpg \(absent\)"):
         fmow_rgb.samples(root)
     assert len(listed(fmow_rgb.samples(root, "val"))) == 1
-    for damaged in ("", "[]", whole[:-10], whole.replace('"box"', '"bux"'), whole.replace("1000", "0")):
-        path.write_text(damaged)
-        with pytest.raises(DataError, match=r"zoo_0_1_rgb\.json: no readable metadata of fMoW"):
-            fmow_rgb.samples(root, "train")
-    path.write_text(whole.replace('"zoo"', '"circus"'))
-    with pytest.raises(DataError, match=r"zoo_0_1_rgb\.json: 'circus' is none of the 62 classes"):
-        fmow_rgb.samples(root, "train")
-    path.unlink()
-    with pytest.raises(DataError, match=r"zoo_0_1_rgb\.json: no readable metadata of fMoW: FileNotFoundError"):
-        fmow_rgb.samples(root, "train")
 
 
 # fMoW-RGB, SatMAE's lists --------------------------------------------------------------------------------------------
@@ -207,6 +220,9 @@ def test_fmow_sentinel_with_paths_of_its_own(tmp_path: Path) -> None:
     table = "category,location_id,image_id,timestamp,image_path\nzoo,7,11,2016-04-11T09:18:14Z,"
     (tmp_path / "train.csv").write_text(table + "flat/one.tif\n")
     assert listed(fmow_sentinel.samples(tmp_path)) == [("flat/one.tif", "zoo")]
+    again = "\nzoo,7,12,2016-04-11T09:18:14Z,"
+    (tmp_path / "train.csv").write_text(f"{table}flat/absent.tif{again}flat/one.tif\n")
+    assert [sample.name for sample in fmow_sentinel.samples(tmp_path).samples] == ["flat/absent.tif", "flat/one.tif"]
     (tmp_path / "train.csv").write_text(table + "/atlas/fmow-sentinel/train/zoo/zoo_7/zoo_7_11.tif\n")
     with pytest.raises(DataError, match=r"1 of 1 images are not where they should be; .*train/zoo/zoo_7/zoo_7_11\.tif"):
         fmow_sentinel.samples(tmp_path)
@@ -271,7 +287,9 @@ def test_wilds_regions_are_groups(tmp_path: Path) -> None:
 def test_wilds_that_is_wrong(tmp_path: Path) -> None:
     root = wilds(tmp_path)
     (root / "images" / "rgb_img_9.png").unlink()
-    with pytest.raises(DataError, match=r"1 of 2 images are not where they should be; .*rgb_img_9\.png"):
+    assert len(list(wilds_fmow.samples(root, "test").samples)) == 2
+    (root / "images" / "rgb_img_8.png").unlink()
+    with pytest.raises(DataError, match=r"2 of 2 images are not where they should be; .*rgb_img_8\.png"):
         wilds_fmow.samples(root, "test")
     metadata = (root / "rgb_metadata.csv").read_text()
     (root / "rgb_metadata.csv").write_text(metadata.replace("2002-06-01T00:00:00Z", "yesterday"))

@@ -2,13 +2,16 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from PIL import Image
 
 from data_shards import folder
 from explora.data import Listing, RawSample, ShardSet, decode, pack
+from explora.data.shards.manifest import ROW
 from explora.errors import DataError
 
 SHARED = Path(os.environ.get("EXPLORA_SHARED", "../shared"))
@@ -222,7 +226,7 @@ def test_open_and_verify_find_damage(root: Path, tmp_path: Path) -> None:
         (lambda at: (at / "manifest.json").unlink(), "explora pack"),
         (edit(format="other"), "not a manifest"),
         (edit(version=9), "version 9"),
-        (edit(samples=3), "expected 3 rows"),
+        (edit(samples=3), "samples: 3, but the shards have 7"),
         (edit(shards=[{"file": "../../etc/passwd", "samples": 1, "bytes": 1, "sha256": ""}]), "damaged"),
     ):
         with pytest.raises(DataError, match=words):
@@ -249,6 +253,119 @@ def test_open_and_verify_find_damage(root: Path, tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"index\.npy"):
         ShardSet.open(broken(relabel)).verify()
+
+
+class Explodes:
+    """Whoever unpickles this leaves the interpreter."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (3,)
+
+
+def _saved(write: Callable[[IO[bytes]], None]) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def _headed(text: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (pickle.dumps(Explodes()), "not an array"),
+        (_saved(lambda file: np.save(file, np.array([Explodes()]), allow_pickle=True)), "expected 7 rows"),
+        (_saved(lambda file: np.savez(file, a=np.zeros(3))), "not an array"),
+        (_saved(lambda file: np.save(file, np.zeros(6, ROW))), "expected 7 rows"),
+        (_saved(lambda file: np.save(file, np.zeros(28))), "expected 7 rows"),
+        (_headed(b"{'shape': (10**9,)"), "its header cannot be read"),
+        (_headed(b"(" * 60000), "its header cannot be read"),
+        (_headed(b"{'descr': 1, 'shape': \x00}"), "its header cannot be read"),
+        (b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + b"{", "not an array"),
+        (b"", "not an array"),
+    ],
+)
+def test_an_index_that_is_none(root: Path, tmp_path: Path, content: bytes, words: str) -> None:
+    packed(root, tmp_path / "out")
+    (tmp_path / "out/index.npy").write_bytes(content)
+    with pytest.raises(DataError, match=rf"index\.npy: damaged: {words}.*; pack the images again$"):
+        ShardSet.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("offset", 2**64 - 1, r"index\.npy: image 2: points outside the shards; pack the images again$"),
+        ("offset", 2**63, "points outside the shards"),
+        ("size", 2**32 - 1, "points outside the shards"),
+        ("shard", 7, "points outside the shards"),
+        ("offset", 100, "not a whole, readable image"),
+    ],
+)
+def test_a_row_that_points_elsewhere(root: Path, tmp_path: Path, field: str, value: int, words: str) -> None:
+    packed(root, tmp_path / "out")
+    rows = np.load(tmp_path / "out/index.npy")
+    rows[field][2] = value
+    np.save(tmp_path / "out/index.npy", rows)
+    shards = ShardSet.open(tmp_path / "out")
+    with pytest.raises(DataError, match=words):
+        shards.image(2)
+    assert "image 2" in shards.where(2)
+    assert shards.source(2)
+    with pytest.raises(DataError, match=r"2 fault\(s\)(?s:.*)image 2.*\n.*not the index that was packed$"):
+        shards.verify()
+
+
+@pytest.mark.parametrize(("field", "value"), [("label", 2), ("label", -2), ("group", 0)])
+def test_a_label_without_a_class(root: Path, tmp_path: Path, field: str, value: int) -> None:
+    packed(root, tmp_path / "out")
+    rows = np.load(tmp_path / "out/index.npy")
+    rows[field][3] = value
+    np.save(tmp_path / "out/index.npy", rows)
+    shards = ShardSet.open(tmp_path / "out")
+    count = 2 if field == "label" else 0
+    with pytest.raises(DataError, match=f"image 3 has {field} {value}, but the manifest names {count};"):
+        getattr(shards, f"{field}s")
+    with pytest.raises(DataError, match="not the index that was packed"):
+        shards.verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda said: said["shards"][0].update(samples=6), "samples: 7, but the shards have 6"),
+        (lambda said: said.update(bytes=1), "bytes: 1, but the shards have"),
+        (
+            lambda said: said.update(shards=said["shards"] * 2, samples=14, bytes=2 * said["bytes"]),
+            "a file is listed more than once",
+        ),
+        (lambda said: said.update(fingerprint="../" * 30), "is no sha256"),
+        (lambda said: said.update(index_sha256="x"), "'x' is no sha256"),
+        (lambda said: said["shards"][0].update(sha256="F" * 64), "is no sha256"),
+        (lambda _: "[" * 200_000, "maximum recursion depth"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself(
+    root: Path, tmp_path: Path, change: Callable[[Any], Any], words: str
+) -> None:
+    packed(root, tmp_path / "out")
+    path = tmp_path / "out/manifest.json"
+    said = json.loads(path.read_text())
+    path.write_text(change(said) or json.dumps(said))
+    with pytest.raises(DataError, match=rf"manifest\.json: damaged: (?s:.*){words}.*pack or index the images again$"):
+        ShardSet.open(tmp_path / "out")
+
+
+def test_a_set_without_a_digest_of_its_index(root: Path, tmp_path: Path) -> None:
+    """As they were packed before manifests had one."""
+    shards = packed(root, tmp_path / "out")
+    assert shards.manifest.index_sha256 == hashlib.sha256((tmp_path / "out/index.npy").read_bytes()).hexdigest()
+    said = json.loads((tmp_path / "out/manifest.json").read_text())
+    del said["index_sha256"]
+    (tmp_path / "out/manifest.json").write_text(json.dumps(said))
+    ShardSet.open(tmp_path / "out").verify()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -280,7 +397,7 @@ def test_verify_names_all_that_is_damaged(root: Path, tmp_path: Path, workers: i
 @contextlib.contextmanager
 def shown(count: int):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("explora.data.shards.index.SHOWN", count)
+        patch.setattr("explora.data.shards.manifest.SHOWN", count)
         yield
 
 

@@ -26,7 +26,7 @@ from explora.data import Center, Crop, MultiCrop, synthetic
 from explora.engine import Training
 from explora.errors import RunError
 from explora.models import build, load_backbone
-from explora.stages.section import fit_views
+from explora.stages.fitting import fit_views
 
 Make = Callable[..., dict[str, Any]]
 Command = Callable[..., Answer]

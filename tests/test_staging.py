@@ -144,7 +144,7 @@ def test_an_index_of_other_images_is_refused(source: Path, scratch: Path) -> Non
     rows = np.load(source / INDEX)
     rows["digest"][5] += 1
     np.save(source / INDEX, rows)
-    with pytest.raises(DataError, match=rf"{source / INDEX}: damaged: it does not belong to the manifest"):
+    with pytest.raises(DataError, match=rf"{source / INDEX}: damaged: its content is not what the manifest says"):
         staging.stage(source, scratch)
 
 

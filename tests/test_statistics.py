@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,26 @@ def test_whole_numbers_give_what_numpy_gives(dtype: str) -> None:
     for band, found in enumerate(tallied(said(3, dtype), images).statistics()):
         assert found is not None
         assert found.model_dump() == pytest.approx(of_numpy(column(images, band)), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])
+def test_sums_of_whole_numbers_are_rounded_once(dtype: str) -> None:
+    """So they are the same on every host, whatever its CPU, and in whatever order parts are merged."""
+    images = some(dtype)
+    tally = tallied(said(3, dtype), images)
+    for band, found in enumerate(tally.statistics()):
+        values = [Fraction(value) for value in column(images, band).tolist()]
+        mean = sum(values) / len(values)
+        assert found is not None
+        assert found.mean == float(mean)
+        assert found.std == math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    once = tally.statistics()
+    for _ in range(38):  # now squares are beyond 64 bits
+        tally.merge(Tally.of_state(tally.pixels, tally.state()))
+    for found, expected in zip(tally.statistics(), once, strict=True):
+        assert found is not None
+        assert expected is not None
+        assert (found.mean, found.std) == (expected.mean, expected.std)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])

@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import os
+import random
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from explora.data.shards.adopt import index
+from explora.data.remote_tars import Tars
+from explora.data.shards.adopt import adopt
 from explora.data.shards.index import ShardSet
 from explora.errors import DataError
 
@@ -69,7 +72,7 @@ def test_tars_of_webdataset(tmp_path: Path) -> None:
                 writer.write({"__key__": f"x/{seed:04d}", "jpg": picture(seed, "JPEG"), "cls": seed % 3})
     (tmp_path / "classes.txt").write_text("lake\nforest\nroad\n")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    shards = index(tmp_path, name="theirs", workers=2)
+    shards = adopt(tmp_path, name="theirs", workers=2)
     assert before == {path: path.read_bytes() for path in before}
     assert {path.name for path in tmp_path.iterdir() if path not in before} == {"index.npy", "manifest.json"}
     assert ours(shards) == theirs(tmp_path)
@@ -81,7 +84,11 @@ def test_tars_of_webdataset(tmp_path: Path) -> None:
     found = [band.statistics for band in shards.pixels.bands]
     assert [one.mean for one in found if one] == pytest.approx(values.mean(0).tolist())
     with pytest.raises(DataError, match=r"holds manifest\.json already"):
-        index(tmp_path, name="again")
+        adopt(tmp_path, name="again")
+    os.truncate(tmp_path / "train-1.tar", 2000)
+    with pytest.raises(DataError, match=r"train-1\.tar: damaged: 2000 bytes, .*; index the tars again$"):
+        ShardSet.open(tmp_path)
+    assert shards.source(5) == shards.where(5)
 
 
 @WEBDATASET_LEAKS
@@ -105,7 +112,7 @@ def test_long_and_foreign_names(tmp_path: Path, layout: str) -> None:
         ],
         FORMATS[layout],
     )
-    shards = index(tmp_path, name="x")
+    shards = adopt(tmp_path, name="x")
     assert ours(shards) == theirs(tmp_path)
     assert [np.array_equal(shards.image(at), _pixels(at)) for at in range(6)] == [True] * 6
     assert shards.labels.tolist() == [3, 0, 1, -1, 2, -1]
@@ -142,7 +149,7 @@ def test_labels_in_json_and_what_is_no_label(tmp_path: Path) -> None:
             *sample("k", 0, "-2"),
         ],
     )
-    shards = index(tmp_path, name="x")
+    shards = adopt(tmp_path, name="x")
     assert shards.labels.tolist() == [2, 1, -1, -1]
     assert [item.path.removeprefix("a.tar: ") for item in shards.skipped] == list("efghijk")
     assert {item.reason.partition(":")[0] for item in shards.skipped} == {
@@ -177,13 +184,90 @@ def test_what_is_no_plain_image_is_skipped(tmp_path: Path) -> None:
         }
         info.size = 4
         tar.addfile(info, io.BytesIO(b"abcd"))
-    shards = index(tmp_path, name="x")
+    shards = adopt(tmp_path, name="x")
     assert len(shards) == 1
     assert {item.path.removeprefix("a.tar: "): item.reason.partition(" (")[0] for item in shards.skipped} == {
         **{key: f"{key}.png is a link, a device or a file with holes" for key in ("link", "hard", "device", "holes")},
         "two": "needs one image member, has png, jpg",
         "torn": "not a whole, readable image",
     }
+
+
+def test_what_is_too_large_is_left_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("explora.data.tars.MAX_BYTES", 1000)
+    monkeypatch.setattr("explora.data.tars.FACTS", 10)
+    write(
+        tmp_path / "a.tar",
+        [
+            *sample("good", 0, 1),
+            ("large.png", picture(1) + bytes(1000)),
+            *sample("number", 2, "1" + " " * 10),
+            *sample("facts", 3),
+            ("facts.json", b'{"label": 0}'),
+            *sample("both", 4, 0),
+            ("both.json", b'{"label": "not looked at"}'),
+            *sample("other", 5, 0),
+            ("other.npy", bytes(2000)),
+        ],
+    )
+    shards = adopt(tmp_path, name="x")
+    assert shards.labels.tolist() == [1, 0, 0]
+    size = len(picture(1)) + 1000
+    assert [(item.path, item.reason) for item in shards.skipped] == [
+        ("a.tar: large", f"large.png of {size} bytes is above the bound of 1000"),
+        ("a.tar: number", "number.cls of 11 bytes is above the bound of 10"),
+        ("a.tar: facts", "facts.json of 12 bytes is above the bound of 10"),
+    ]
+
+
+def header(name: str, kind: bytes, size: bytes) -> bytes:
+    """A header block by hand: `size` is the text, or the number with the first bit set, of its field."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    block[124:136], block[156:157], block[148:156] = size, kind, b" " * 8
+    block[148:155] = b"%06o\0" % sum(block)
+    return bytes(block)
+
+
+def pax(record: bytes) -> bytes:
+    return header("p", b"x", b"%011o\0" % len(record)) + record.ljust(512, b"\0")
+
+
+LONG = header("././@LongLink", b"L", b"%011o\0" % 5) + b"abcd\0".ljust(512, b"\0")
+BASE256 = b"\x80" + b"\xff" * 11
+ATTACKS = {
+    "a long name of 3 GiB": (header("././@LongLink", b"L", b"%011o\0" % (3 << 30)), 3 << 30, "holds a header above"),
+    "further headers of 3 GiB": (header("p", b"x", b"%011o\0" % (3 << 30)), 3 << 30, "holds a header above"),
+    "an image of 2^87 bytes": (header("b.png", b"0", BASE256), 0, "unexpected end of data"),
+    "a file of 2^87 bytes": (header("b.bin", b"0", BASE256), 0, "unexpected end of data"),
+    "less than nothing": (header("b.png", b"0", b"\xff" * 11 + b"\x80"), 0, "has a size below zero"),
+    "holes that are no numbers": (
+        pax(b"22 GNU.sparse.map=x,y\n") + header("b.png", b"0", b"%011o\0" % 512) + bytes(512),
+        0,
+        "invalid literal",
+    ),
+    "names within names": (LONG * 3000, 0, "its headers never end"),
+    "headers within headers": (pax(b"13 comment=x\n") * 3000, 0, "its headers never end"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_tars_made_to_do_damage(tmp_path: Path, attack: str) -> None:
+    """Named in both ways to read a tar, in little time and memory."""
+    block, hole, words = ATTACKS[attack]
+    write(tmp_path / "a.tar", sample("good", 0))
+    good = (tmp_path / "a.tar").read_bytes()
+    with (tmp_path / "a.tar").open("wb") as file:
+        file.write(good[: 512 + -(-len(picture(0)) // 512) * 512] + block)
+        file.seek(hole, os.SEEK_CUR)
+        file.write(bytes(1024))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=rf"1 fault\(s\)\n  .*a\.tar: .*{words}"):
+        adopt(tmp_path, name="x")
+    tars = Tars([str(tmp_path / "a.tar")], 1, random.Random(0))
+    assert [next(tars)[1] for _ in range(3)] == [picture(0)] * 3
+    assert any(words in lost.why for lost in tars.lost)
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    tracemalloc.stop()
 
 
 def _cut(at: int) -> Callable[[Path], None]:
@@ -219,7 +303,7 @@ def test_damaged_tars_are_named_and_nothing_is_left(tmp_path: Path, change: Call
     change(tmp_path / "b.tar")
     change(tmp_path / "c.tar")
     with pytest.raises(DataError, match=rf"2 fault\(s\)\n  .*b\.tar: ({words}).*\n  .*c\.tar: "):
-        index(tmp_path, name="x")
+        adopt(tmp_path, name="x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar", "c.tar"]
 
 
@@ -227,11 +311,11 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(words: str, **options: Any) -> None:
         before = sorted(tmp_path.iterdir())
         with pytest.raises(DataError, match=words):
-            index(tmp_path, name="x", **options)
+            adopt(tmp_path, name="x", **options)
         assert sorted(tmp_path.iterdir()) == before
 
     with pytest.raises(DataError, match="no such folder"):
-        index(tmp_path / "absent", name="x")
+        adopt(tmp_path / "absent", name="x")
     refused(r"no \.tar files")
     write(tmp_path / "a.tar", [("x.txt", b"")])
     refused("no image in 1 tar.* is usable\n.*a.tar: x: needs one image member, has none")

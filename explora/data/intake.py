@@ -16,6 +16,8 @@ OUTSIDE: Final = 1 / 3
 """Share of a band's observed values outside its 1st to 99th percentile that cannot be chance: 2 % are expected."""
 CLIPPED: Final = 1 / 2
 """Share of a band's observed values that may be clipped."""
+_LEVELS: Final = 4
+"""Of 255: with fewer between its percentiles a band shows nothing."""
 _SIDE: Final = 256
 # Percentiles of float32 are no nearer than this, see `Tally`.
 _NEAR: Final = 2**-7
@@ -133,9 +135,10 @@ def refuse_strange(shards: ShardSet, views: Views, count: int = 64) -> None:
 
     Raises:
         DataError: more than a third of the values of a band are outside of its declared 1st to 99th percentile, or
-            the scaling clips more than half of them.
+            the scaling clips more than half of them, or leaves next to nothing of any band's differences.
     """
     pixels, looked_at = shards.pixels, min(count, len(shards))
+    _refuse_too_wide(shards, views)
     bounds = np.array([_known(pixels), _scaled(pixels, views)]).transpose(0, 2, 1)
     seen, (strange, clipped) = _beyond(shards, bounds, looked_at)
     for band, stored in enumerate(pixels.bands):
@@ -145,8 +148,8 @@ def refuse_strange(shards: ShardSet, views: Views, count: int = 64) -> None:
             raise DataError(
                 f"{where}: {strange[band] / number:.0%} of the values in {looked_at} images are outside of "
                 f"{stored.statistics.p1:g} to {stored.statistics.p99:g}, where its statistics have 98 % of them; the "
-                "images or the manifest are of another scale. Run `explora stats` on the folder, and look at its scale "
-                "and offset"
+                "images are of another scale or have changed. If they are right, run `explora stats` on the folder; if "
+                "the scale or offset in its manifest is wrong, pack (or index) it again with --pixels"
             )
         if clipped[band] > CLIPPED * number:
             assert isinstance(views.scaling, Scaling)
@@ -157,6 +160,21 @@ def refuse_strange(shards: ShardSet, views: Views, count: int = 64) -> None:
                 f"{pixels.unit}; is that the scale of these images? Else run `explora stats` on the folder and set "
                 "views.scaling to sigma or percentiles"
             )
+
+
+def _refuse_too_wide(shards: ShardSet, views: Views) -> None:
+    """Refuse a range in which every band is all but constant: nobody would see it in a loss."""
+    pixels, scaling = shards.pixels, views.scaling
+    if not isinstance(scaling, Scaling) or scaling == whole_range(views.bands, pixels):
+        return
+    stored = [pixels.bands[place].statistics for place in _places(pixels, views.bands)]
+    spans = [(one.p98 - one.p2) * pixels.scale for one in stored if one is not None]
+    widest = max((span / (b - a) for span, a, b in zip(spans, scaling.low, scaling.high, strict=False)), default=1.0)
+    if len(spans) == len(stored) and 0 < widest * 255 < _LEVELS:
+        raise DataError(
+            f"{shards.folder}: views.scaling leaves at most {widest * 255:.2g} of 255 levels between the 2nd and the 98th "
+            f"percentile of any band; is it in {pixels.unit}? Set it to sigma or percentiles, or give other numbers"
+        )
 
 
 def _places(pixels: Pixels, bands: tuple[str, ...]) -> list[int]:

@@ -1,9 +1,9 @@
-"""From image numbers to stacked crops, in worker processes; what cannot be read is stood in for and named."""
+"""From keys to stacked crops, in worker processes; what cannot be read is stood in for and named."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -43,13 +43,15 @@ class Made(NamedTuple):
     unreadable: list[Unreadable]
 
 
-class _Read(NamedTuple):
-    """An image, or the one that stands in for it."""
+class Read(NamedTuple):
+    """An image as the views want it."""
 
     image: np.ndarray
-    number: int
-    wrong: Unreadable | None
-    """Set where it is not the one that was asked for."""
+    """uint8 (H, W, bands of the views)."""
+    label: int
+    """Its class, -1 without one."""
+    unreadable: list[Unreadable]
+    """What it stands in for."""
 
 
 class Levels:
@@ -64,10 +66,11 @@ class Levels:
 
     def __init__(self, mixture: Mixture, views: Views, tries: int) -> None:
         self._mixture, self._least, self._tries = mixture, views.needed(), tries
+        self._labelled = "label" in views.names()
         self._intakes = [Intake(one.pixels, views) for one in mixture.sets]
 
-    def __call__(self, index: int) -> _Read:
-        number, asked = self._mixture.locate(index)
+    def __call__(self, key: Key) -> Read:
+        number, asked = self._mixture.locate(key.sample)
         one, first = self._mixture.sets[number], self._mixture.firsts[number]
         wrong: list[Unreadable] = []
         for step in range(min(self._tries, len(one))):
@@ -77,31 +80,33 @@ class Levels:
             except DataError as error:
                 wrong.append(Unreadable(one.where(at), str(error)))
             else:
-                return _Read(image, first + at, wrong[0] if wrong else None)
+                return Read(image, int(self._mixture.labels[first + at]) if self._labelled else -1, wrong[:1])
         others = f"; nor can the {len(wrong) - 1} images after it" if len(wrong) > 1 else ""
         raise DataError(wrong[0].why + others)
 
 
-class _Batches(Dataset):
-    """Makes the micro-batch of a task."""
+class Batches(Dataset):
+    """Makes the micro-batch of a task.
 
-    def __init__(self, mixture: Mixture, views: Views, tries: int) -> None:
-        self._mixture, self._views = mixture, views
-        self._levels = Levels(mixture, views, tries)
+    Args:
+        read: the image for a key; a `DataError` ends the run.
+    """
+
+    def __init__(self, read: Callable[[Key], Read], views: Views) -> None:
+        self._read, self._views = read, views
 
     def __getitem__(self, task: Task) -> Made | DataError:
         try:
-            read = [self._levels(key.sample) for key in task.keys]
+            read = [self._read(key) for key in task.keys]
         except DataError as error:
             # Handed over as a value: raised in a worker, its message would be buried in a traceback.
             return error
-        samples = [self._views.sample(one.image, key) for one, key in zip(read, task.keys, strict=True)]
-        batch = stacked(samples)
+        batch = stacked([self._views.sample(one.image, key) for one, key in zip(read, task.keys, strict=True)])
         shared = self._views.step(task.seed, task.first, task.batch_size)
         batch |= {name: whole[task.offset : task.offset + len(task.keys)] for name, whole in shared.items()}
         if "label" in self._views.names():
-            batch["label"] = torch.tensor([int(self._mixture.labels[one.number]) for one in read])
-        return Made(batch, [one.wrong for one in read if one.wrong is not None])
+            batch["label"] = torch.tensor([one.label for one in read])
+        return Made(batch, [wrong for one in read for wrong in one.unreadable])
 
 
 def stacked(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -109,14 +114,14 @@ def stacked(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def load(mixture: Mixture, views: Views, tasks: Iterable[Task], workers: int, tries: int) -> Iterator[Made]:
+def load(batches: Batches, tasks: Iterable[Task], workers: int) -> Iterator[Made]:
     """What each task asks for, in the order of the tasks.
 
     Raises:
-        DataError: neither an image nor those that may stand in for it, `tries` in all, can be read.
+        DataError: an image cannot be read, nor can those that may stand in for it.
     """
     loader: DataLoader = DataLoader(
-        _Batches(mixture, views, tries),
+        batches,
         batch_size=None,
         sampler=tasks,
         num_workers=workers,

@@ -5,10 +5,8 @@
   this process and follows redirects to http(s) alone, files are opened as files, `pipe:` goes to a shell only after
   `allow_pipes`, and all else is refused.
 - Its decoders, which unpickle by the name of a member, are never called: the bytes of members that end like an image
-  go to `decode`, and all others are passed over. Names tell samples apart, as `webdataset` does it, and no more.
-- Its walk through a tar holds members of any size in memory, and fills the holes of sparse ones. Here an image above
-  512 MiB, a sparse file or a header above 16 MiB ends the tar. Compressed tars are refused, because nothing bounds
-  what they unpack to.
+  go to `decode`, and all others are passed over.
+- Its walk through a tar holds members of any size in memory, and fills the holes of sparse ones. `tars` does neither.
 """
 
 from __future__ import annotations
@@ -18,27 +16,23 @@ import itertools
 import random
 import re
 import select
-import tarfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, Self
+from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 import webdataset
 from braceexpand import braceexpand
 from webdataset.gopen import gopen_pipe
-from webdataset.tariterators import group_by_keys
 
-from explora.data.decode import MAX_BYTES
 from explora.data.loading import Unreadable
-from explora.data.shards.listing import EXTENSIONS
+from explora.data.tars import Body, samples, text
 from explora.errors import ConfigError, DataError
 
 SCHEME = re.compile(r"(pipe):|([A-Za-z][A-Za-z0-9+.-]+)://")
-_NO_SAMPLE = re.compile(r"__[^/]*__($|/)")
 _MOST = 1_000_000
 _BARREN = 5
 """Tars in a row without an image, and then it is an error."""
@@ -48,11 +42,6 @@ _WAITS = (1.0, 2.0, 4.0)
 """Seconds before each further attempt to take up a broken connection, for each tar."""
 _PATIENCE = 600.0
 """Seconds without a byte after which a command counts as hung."""
-_HEADER = 16 * 2**20
-"""Bytes of a member's header and of what is read ahead of need."""
-_MAGIC = (b"\x1f\x8b", b"BZh91AY", b"\xfd7zXZ", b"\x5d\x00\x00\x80", b"\x28\xb5\x2f\xfd")
-"""How compressed files begin."""
-_FAILURES = (OSError, ValueError, EOFError, OverflowError, IndexError, tarfile.TarError, http.client.HTTPException)
 
 
 def expanded(urls: Sequence[str]) -> tuple[str, ...]:
@@ -137,92 +126,22 @@ class Tars(Iterator[tuple[str, bytes]]):
 
     def _read(self, url: str) -> Iterator[tuple[str, bytes]]:
         """The images of one tar, up to where it is broken."""
-        for sample in group_by_keys(self._members(url), handler=lambda error: self._lose(shown(url), error)):
-            where = f"{shown(url)}: {ascii(sample['__key__'])[1:-1][:200]}"
-            endings = [ending for ending in sample if not ending.startswith("__")]
-            if len(endings) == 1:
-                yield where, sample[endings[0]]
-            else:
-                self._lose(where, DataError(f"needs one image member, has {ascii(endings)[1:-1][:200]}"))
-
-    def _members(self, url: str) -> Iterator[dict[str, Any]]:
         try:
-            with _Stream(_opened(url)) as stream:
-                yield from _members(stream, url)
-        except _FAILURES as error:
+            for sample in samples(lambda: _opened(url)):
+                where = f"{shown(url)}: {text(sample.key)}"
+                try:
+                    if sample.images:
+                        yield where, sample.image()
+                except DataError as error:
+                    self._lose(where, error)
+        except DataError as error:
             self._lose(shown(url), error)
 
-    def _lose(self, where: str, error: Exception) -> bool:
+    def _lose(self, where: str, error: DataError) -> None:
         self.lost.append(Unreadable(where, f"{where}: {error}"))
-        return True
 
 
-def _members(stream: _Stream, url: str) -> Iterator[dict[str, Any]]:
-    """The images in a tar, as webdataset hands over members.
-
-    Raises:
-        DataError: it ends too early, or holds something beyond the bounds.
-        tarfile.TarError: it is no tar, or damaged.
-    """
-    with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # reading needs no more
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # or it would remember every one
-            if member.issparse():
-                raise DataError("holds a sparse file")
-            stream.allow(member.size)
-            image = member.isreg() and PurePosixPath(member.name).suffix.lower() in EXTENSIONS
-            if not image or _NO_SAMPLE.match(member.name):
-                continue
-            if member.size > MAX_BYTES:
-                raise DataError(f"holds an image of {member.size} bytes, above the bound of {MAX_BYTES}")
-            yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": url}
-        end = stream.latest(tar.offset)
-    if end != bytes(tarfile.BLOCKSIZE):  # tarfile ends quietly where a header is damaged or missing
-        raise DataError("is damaged or cut off: no end mark of a tar is there")
-
-
-class _Body(Protocol):
-    """Bytes from front to back."""
-
-    def read(self, size: int, /) -> bytes: ...
-    def close(self) -> None: ...
-
-
-class _Stream:
-    """A tar as tarfile reads it, which would hold a header of any size in memory."""
-
-    def __init__(self, body: _Body) -> None:
-        self._body, self._left, self._at, self._tail = body, _HEADER, 0, b""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._body.close()
-
-    def allow(self, size: int) -> None:
-        """Let this much pass, and then a header."""
-        self._left = size + _HEADER
-
-    def read(self, size: int) -> bytes:
-        """The next bytes, at most `size`; none at the end."""
-        chunk = self._body.read(size)
-        if not self._at and chunk.startswith(_MAGIC):
-            raise DataError("is compressed, and nothing bounds what it unpacks to; unpack it to a plain .tar")
-        self._left -= len(chunk)
-        if self._left < 0:
-            raise DataError(f"holds a header above the bound of {_HEADER} bytes")
-        self._at += len(chunk)
-        self._tail = (self._tail + chunk)[-2 * tarfile.RECORDSIZE :]  # more than tarfile reads ahead
-        return chunk
-
-    def latest(self, offset: int) -> bytes:
-        """The block at an offset, of those that were read last."""
-        start = offset - self._at + len(self._tail)
-        return self._tail[start : start + tarfile.BLOCKSIZE] if start >= 0 else b""
-
-
-def _opened(url: str) -> _Body:
+def _opened(url: str) -> Body:
     if _scheme(url) == "pipe":
         return _Command(url)
     return _Download(url) if _scheme(url) in ("http", "https") else _path(url).open("rb")

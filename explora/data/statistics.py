@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -88,12 +89,12 @@ class Tally:
             return None
         if floats:
             _, mean, squares = self._moments[:, band]
+            variance = squares / total
         else:
-            mean = counts @ values / total
-            squares = counts @ (values - mean) ** 2
+            mean, variance = _exactly(counts, values)
         ranks = [float(name[1:]) / 100 * (total - 1) for name in PERCENTILES]
         found = _between(counts, values, ranks) if floats else _at(counts, values, ranks)
-        return Statistics(mean=mean, std=np.sqrt(squares / total), **dict(zip(PERCENTILES, found, strict=True)))
+        return Statistics(mean=mean, std=math.sqrt(variance), **dict(zip(PERCENTILES, found, strict=True)))
 
 
 def present(values: np.ndarray, nodata: float | None) -> np.ndarray:
@@ -112,7 +113,18 @@ def _moments(values: np.ndarray) -> np.ndarray:
         return np.zeros(3)
     mean = values.mean(dtype=np.float64)
     apart = values - mean
-    return np.array([len(values), mean, apart @ apart])
+    # Not `apart @ apart`: the order in which BLAS adds up hangs on the CPU.
+    return np.array([len(values), mean, np.square(apart).sum()])
+
+
+def _exactly(counts: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """Mean and variance of whole numbers, rounded once: the same on every host."""
+    some = np.flatnonzero(counts)
+    pairs = list(zip(counts[some].tolist(), map(int, values[some].tolist()), strict=True))
+    # Python's numbers, as squares of ten million images are beyond 64 bits.
+    total, first = sum(n for n, _ in pairs), sum(n * value for n, value in pairs)
+    second = sum(n * value**2 for n, value in pairs)
+    return first / total, (total * second - first**2) / total**2
 
 
 def _joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Final, NamedTuple
 
 import imagecodecs
@@ -22,16 +24,19 @@ MAGIC: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_SEGMENTS: Final = 200_000
 """Strips or tiles in one image."""
 
-_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _FILL_ORDER = 256, 257, 258, 259, 266
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _ORIENTATION = 256, 257, 258, 259, 262, 266, 274
 _STRIP_OFFSETS, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR = 273, 277, 278, 279, 284
-_PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, _FORMAT = 317, 322, 323, 324, 325, 339
+_PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, _EXTRA, _FORMAT = 317, 322, 323, 324, 325, 338, 339
 _WANTED: Final = frozenset(
     {
         *(_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _FILL_ORDER, _STRIP_OFFSETS, _SAMPLES, _ROWS, _STRIP_BYTES),
         *(_PLANAR, _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, _FORMAT),
+        *(_PHOTOMETRIC, _ORIENTATION, _EXTRA),
     }
 )
 _NUMBERS: Final = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}
+_SIZES: Final = {1: 1, 2: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4, 11: 4, 13: 4}
+"""Bytes of a value by the type of a tag; all others take 8."""
 _KINDS: Final = {1: "uint", 2: "int", 3: "float"}
 _CODECS: Final[dict[int, Callable[..., bytes | bytearray]]] = {
     5: imagecodecs.lzw_decode,
@@ -63,6 +68,8 @@ class Layout(NamedTuple):
     """Where each segment begins in the file: row by row, all of one band before the next where `planar`."""
     sizes: np.ndarray
     """Bytes of each segment in the file."""
+    plain: bool
+    """Whether it is a photograph as it stands: grey, or red, green, blue and perhaps alpha, from the top left on."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -82,11 +89,29 @@ def layout(blob: bytes) -> Layout:
     Raises:
         DataError: the file is damaged, or its values are of no kind that is read here.
     """
-    try:
-        tags, order = _tags(blob)
+    with _told():
+        tags, order, _ = _tags(blob)
         return _layout(tags, order)
-    except (ValueError, struct.error, OverflowError) as error:
-        raise error if isinstance(error, DataError) else DataError(f"not a whole, readable TIFF ({error})") from None
+
+
+def room(blob: bytes) -> tuple[int, int, int]:
+    """Height, width, and the bytes that all strips or tiles take unpacked, of the first image in a TIFF of any kind.
+
+    For what goes to other readers, which take as much room as a file asks for, and read all of its tags.
+
+    Raises:
+        DataError: the file is damaged, its tags say more than the file holds, or there are too many strips or tiles.
+    """
+    with _told():
+        tags, _, held = _tags(blob)
+        if held > len(blob):
+            raise DataError(f"its tags take {held} bytes, but the file has {len(blob)}")
+        height, width, segment = _shape(tags)
+        across = math.ceil(width / segment[1])
+        _check_segments(math.ceil(height / segment[0]) * across)
+        # As libtiff may go by way of four bytes a pixel.
+        depth = max(4, math.ceil(_one(tags, _SAMPLES, 1) * _one(tags, _BITS, 1) / 8))
+        return height, width, math.ceil(height / segment[0]) * across * math.prod(segment) * depth
 
 
 def read(blob: bytes, said: Layout) -> np.ndarray:
@@ -147,8 +172,20 @@ def _unpredicted(stored: np.ndarray, said: Layout) -> np.ndarray:
     return imagecodecs.floatpred_decode(stored.view(said.dtype), axis=-2)
 
 
-def _tags(blob: bytes) -> tuple[dict[int, np.ndarray], str]:
-    """The wanted tags of the first directory as views of the file, which costs nothing however long they are."""
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell of damage in our words."""
+    try:
+        yield
+    except (ValueError, struct.error, OverflowError) as error:
+        raise error if isinstance(error, DataError) else DataError(f"not a whole, readable TIFF ({error})") from None
+
+
+def _tags(blob: bytes) -> tuple[dict[int, np.ndarray], str, int]:
+    """The wanted tags of the first directory as views of the file, which costs nothing however long they are.
+
+    Also the byte order, and the bytes that all tags take outside of the directory.
+    """
     order = "<" if blob[:2] == b"II" else ">"
     big = blob[:4] in MAGIC[2:]
     (start,) = struct.unpack_from(order + ("Q" if big else "I"), blob, 8 if big else 4)
@@ -156,11 +193,14 @@ def _tags(blob: bytes) -> tuple[dict[int, np.ndarray], str]:
     entry = struct.Struct(order + ("HHQ" if big else "HHI"))
     inline, pointer = (8, "Q") if big else (4, "I")
     first, step = start + (8 if big else 2), entry.size + inline
-    if first + count * step > len(blob):
+    if count > 0xFFFF or first + count * step > len(blob):
         raise DataError(f"its directory of {count} entries lies beyond the end of the file")
     tags: dict[int, np.ndarray] = {}
-    for at in range(first, first + min(count, 0xFFFF) * step, step):
+    held = 0
+    for at in range(first, first + count * step, step):
         code, kind, number = entry.unpack_from(blob, at)
+        taken = number * _SIZES.get(kind, 8)
+        held += taken if taken > inline else 0
         if code not in _WANTED or code in tags:
             continue
         if kind not in _NUMBERS:
@@ -170,38 +210,70 @@ def _tags(blob: bytes) -> tuple[dict[int, np.ndarray], str]:
         if number * dtype.itemsize > inline:
             (at,) = struct.unpack_from(order + pointer, blob, at)
         tags[code] = np.frombuffer(blob, dtype, number, at)
-    return tags, order
+    return tags, order, held
+
+
+def _one(tags: dict[int, np.ndarray], code: int, otherwise: int | None = None) -> int:
+    """The value of a tag that has one, or the same one for each band."""
+    value = tags.get(code)
+    if value is not None and len(value) > 0 and (value == value[0]).all():
+        return int(value[0])
+    if value is not None:
+        raise DataError(f"tag {code} differs from band to band")
+    if otherwise is None:
+        raise DataError(f"tag {code} is missing")
+    return otherwise
+
+
+def _shape(tags: dict[int, np.ndarray]) -> tuple[int, int, tuple[int, int]]:
+    """Height and width of the image, and of its strips or tiles."""
+    height, width = _one(tags, _HEIGHT), _one(tags, _WIDTH)
+    if _TILE_WIDTH in tags or _TILE_HEIGHT in tags:
+        segment = _one(tags, _TILE_HEIGHT), _one(tags, _TILE_WIDTH)
+    else:
+        segment = min(_one(tags, _ROWS, height), height), width
+    if min(height, width, *segment) < 1:
+        raise DataError(f"{width} x {height} pixels in segments of {segment}")
+    return height, width, segment
 
 
 def _layout(tags: dict[int, np.ndarray], order: str) -> Layout:
-    def one(code: int, otherwise: int | None = None) -> int:
-        value = tags.get(code)
-        if value is not None and len(value) > 0 and (value == value[0]).all():
-            return int(value[0])
-        if value is not None:
-            raise DataError(f"tag {code} differs from band to band")
-        if otherwise is None:
-            raise DataError(f"tag {code} is missing")
-        return otherwise
-
-    height, width, bands = one(_HEIGHT), one(_WIDTH), one(_SAMPLES, 1)
+    one = partial(_one, tags)
+    height, width, segment = _shape(tags)
+    bands = one(_SAMPLES, 1)
+    if bands < 1:
+        raise DataError("an image of no bands")
     kind, bits = _KINDS.get(one(_FORMAT, 1)), one(_BITS, 1)
     if kind is None or (kind, bits) not in {("uint", 8), ("uint", 16), ("int", 16), ("float", 32)}:
         raise DataError(f"values of {bits} bits of {kind or 'no number'}; uint8, uint16, int16 and float32 are read")
-    tiled = _TILE_WIDTH in tags
-    segment = (one(_TILE_HEIGHT), one(_TILE_WIDTH)) if tiled else (min(one(_ROWS, height), height), width)
-    if min(height, width, bands, *segment) < 1:
-        raise DataError(f"{width} x {height} pixels of {bands} bands in segments of {segment}")
     offsets, sizes = (
         tags.get(code, np.zeros(0, "u4"))
-        for code in ((_TILE_OFFSETS, _TILE_BYTES) if tiled else (_STRIP_OFFSETS, _STRIP_BYTES))
+        for code in ((_TILE_OFFSETS, _TILE_BYTES) if _TILE_WIDTH in tags else (_STRIP_OFFSETS, _STRIP_BYTES))
     )
     said = Layout(
         *(height, width, bands, f"{kind}{bits}", order, one(_COMPRESSION, 1), one(_PREDICTOR, 1)),
-        *(one(_PLANAR, 1) == 2 and bands > 1, segment, offsets, sizes),
+        *(one(_PLANAR, 1) == 2 and bands > 1, segment, offsets, sizes, _plain(tags, bands)),
     )
     _check(said, one(_FILL_ORDER, 1))
     return said
+
+
+def _plain(tags: dict[int, np.ndarray], bands: int) -> bool:
+    """What `Layout.plain` is: neither palette nor ink, white is high, and colours are not multiplied by alpha."""
+    # As many values as tell: a tag may hold millions.
+    photometric, extra, orientation = (
+        tags.get(code, np.zeros(0, "u2"))[:2].tolist() for code in (_PHOTOMETRIC, _EXTRA, _ORIENTATION)
+    )
+    if orientation not in ([], [1]):
+        return False
+    return photometric in {1: ([1],), 3: ([1], [2]), 4: ([2],)}.get(bands, ()) and (
+        bands < 4 or extra in ([], [0], [2])
+    )
+
+
+def _check_segments(number: int) -> None:
+    if number > MAX_SEGMENTS:
+        raise DataError(f"{number} strips or tiles, above the bound of {MAX_SEGMENTS}; cut the image into tiles")
 
 
 def _check(said: Layout, fill_order: int) -> None:
@@ -213,7 +285,6 @@ def _check(said: Layout, fill_order: int) -> None:
             "write the file anew, for example with `gdal_translate -co COMPRESS=DEFLATE`"
         )
     expected = math.prod(said.grid) * (said.bands if said.planar else 1)
-    if expected > MAX_SEGMENTS:
-        raise DataError(f"{expected} strips or tiles, above the bound of {MAX_SEGMENTS}; cut the image into tiles")
+    _check_segments(expected)
     if not len(said.offsets) == len(said.sizes) == expected:
         raise DataError(f"{len(said.offsets)} strips or tiles, but {expected} make the image")

@@ -48,6 +48,8 @@ class Chain(Results):
     pictures: dict[str, np.ndarray]
     config: str | None
     environment: dict[str, Any]
+    leaks: list[str]
+    """What judges although it has taught."""
 
     def data_name(self, data: str) -> str:
         """What the shards of `target` or `source` call themselves; `the target data` where that says nothing."""
@@ -83,6 +85,7 @@ def read_chain(run: Path) -> Chain:
         pictures=_arrays(run / "probe" / "pictures.npz"),
         config=_text(run / "config.yaml"),
         environment=_mapping(run / "environment.json"),
+        leaks=_mapping(run / "summary.json").get("leaks", []),
     )
 
 

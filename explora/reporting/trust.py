@@ -27,6 +27,8 @@ def trust(chain: Chain) -> Iterator[tuple[str, list[str]]]:
     yield "Seeds", seeds or ["No seed is recorded in the config."]
     shards = [_shards(key, manifest) for key, manifest in chain.shards.items()]
     yield "Data", shards or ["No manifest lies in this run."]
+    if chain.leaks:
+        yield "Leaks", [*chain.leaks, "Results over these images say too much."]
     environment = next((e for e in (chain.environment, *(s.environment for s in chain.stages)) if e), {})
     yield from _environment(environment)
     skipped = {stage.name: stage.summary.get("skipped_steps", "not recorded") for stage in chain.stages}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from explora import config as configs
+from explora.bands import Pixels
 from explora.config import Overrides
 from explora.data import Center, ShardSet
 from explora.distributed import device_of, precision_on
@@ -21,18 +22,13 @@ from explora.objectives import MAEConfig, Objective
 from explora.objectives.decoder import Decoder
 from explora.stages import finetune, pretrain
 from explora.stages.finetune import FinetuneConfig, FinetuneSection
+from explora.stages.fitting import fit_views
 from explora.stages.memory import sizes
 from explora.stages.pipeline import RunConfig
 from explora.stages.pretrain import PretrainConfig, PretrainSection
 from explora.stages.probe import ProbeConfig
-from explora.stages.section import (
-    TrainingSection,
-    blueprint,
-    fit_views,
-    fitted,
-    rehearse,
-)
-from explora.stages.sources import folders, pixels_in
+from explora.stages.section import TrainingSection, blueprint, fitted, progress_of, rehearse
+from explora.stages.sources import folders, foreseen, local_set, pixels_in
 from explora.stages.training import families, learning, parameter_counts
 
 
@@ -73,16 +69,28 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         tuning = configs.validate(FinetuneConfig, raw, source)
         model, needed = tuning.model, {"train": tuning.train}
         loaded = _sketch(model)
-        yield configs.dump(fitted(tuning, loaded.vit, pixels_in(tuning.train)))
+        labelled = local_set(tuning.train) if Path(tuning.train).exists() else None
+        yield configs.dump(fitted(tuning, loaded.vit, None if labelled is None else labelled.pixels))
         yield from _finetune(tuning, copy.deepcopy(loaded), tuning.train)
     else:
         training = configs.validate(PretrainConfig, raw, source)
         model, loaded = training.model, _sketch(training.model)
         needed = {**folders(training.shards)}
-        yield configs.dump(fitted(training, loaded.vit, pixels_in(*needed.values())))
+        yield configs.dump(fitted(training, loaded.vit, _met(training)))
         yield from _pretrain(training, model, copy.deepcopy(loaded))
         needed |= {"monitor.shards": training.monitor.shards} if training.monitor else {}
     yield _missing({**needed, **_weights("model", model)})
+
+
+def _met(config: PretrainConfig) -> Pixels | None:
+    """What the images are, as far as they are here, after what the run would say against them at its start."""
+    images = foreseen(config.shards)
+    if images is None:
+        return pixels_in(*folders(config.shards).values())
+    progress_of(config, len(images))
+    if config.monitor is not None and (config.monitor.shards is None or Path(config.monitor.shards).exists()):
+        pretrain.watched(config.monitor, images)
+    return images.pixels
 
 
 def _pretrain(section: PretrainSection, model: ModelConfig, loaded: Loaded) -> Iterator[str]:
@@ -135,7 +143,7 @@ def _probe(config: ProbeConfig) -> Iterator[str]:
             yield f"  {name:<20}  known when {model.weights} is there"
             continue
         vit = _sketch(model).vit
-        side = fit_views(config.view or Center(), vit).size
+        side = fit_views(model.view or config.view or Center(), vit).size
         total, flops = sum(p.numel() for p in vit.parameters()), flops_per_image(vit, side) / 1e9
         yield f"  {name:<20}  {vit.name}, {side} px, patch {vit.patch_size}, {total:,} parameters, {flops:.3g} GFLOPs"
     yield ""

@@ -15,8 +15,9 @@ from explora.errors import ConfigError, DataError
 from explora.models import Loaded, load_model
 from explora.models.export import save_tensors
 from explora.objectives import Supervised, SupervisedConfig
+from explora.stages.fitting import expects
 from explora.stages.result import Result
-from explora.stages.section import TrainingPlace, TrainingSection, expects, fitted, refuse_idle
+from explora.stages.section import TrainingPlace, TrainingSection, fitted, refuse_idle
 from explora.stages.sources import local_set, refuse_strange_sets
 from explora.stages.training import Trained, announce, logger, opened, seeded, together, train
 

@@ -7,7 +7,8 @@ import torch
 from explora.data import MultiCrop
 from explora.distributed import Sizes
 from explora.objectives import MAE, DINOv2, Objective
-from explora.stages.section import TrainingSection, fit_views
+from explora.stages.fitting import fit_views
+from explora.stages.section import TrainingSection
 
 
 def sizes(objective: Objective, section: TrainingSection, precision: str) -> Sizes:

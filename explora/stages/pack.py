@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,19 +65,25 @@ def pack(
     """
     others = [ShardSet.open(other) for other in against]
     listing = recipe_of(recipe)(Path(root), split)
-    if pixels is not None:
-        listing = listing._replace(pixels=configs.load(Pixels, pixels))
+    listing = listing if pixels is None else listing._replace(pixels=configs.load(Pixels, pixels))
     name = name or _name(Path(root), recipe, split)
+    out = Path(SHARDS, name) if out is None else Path(out)
+    _refuse_inside(out, Path(root), recipe)
     with watched(f"packing {root}") as progress:
         return write_shards(
             listing,
-            Path(SHARDS, name) if out is None else out,
+            out,
             name=name,
             shard_bytes=shard_mb * 2**20,
             workers=workers,
             against=others,
             progress=progress,
         )
+
+
+def _refuse_inside(out: Path, root: Path, recipe: str) -> None:
+    if recipe == "folder" and out.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{out}: lies in {root}, where it would pass for a class; give a folder outside of it")
 
 
 def _name(root: Path, recipe: str, split: str | None) -> str:
@@ -108,15 +114,6 @@ def watched(what: str) -> Iterator[Progress]:
                 before, said = done, now
 
         yield move
-
-
-def bar_at(bar: tqdm) -> Callable[[int], None]:
-    """A callback that moves a progress bar to so many images done."""
-
-    def move(done: int) -> None:
-        bar.update(done - bar.n)
-
-    return move
 
 
 def recipes() -> dict[str, importlib.metadata.EntryPoint]:

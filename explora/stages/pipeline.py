@@ -20,6 +20,7 @@ from explora.models import ModelConfig
 from explora.reporting import table, write_report
 from explora.stages.finetune import FinetuneSection, finetune
 from explora.stages.finetune import build as build_finetune
+from explora.stages.fitting import RANGE, bands_of
 from explora.stages.pack import pack, recipe_of
 from explora.stages.pretrain import PretrainSection, pretrain
 from explora.stages.pretrain import build as build_pretrain
@@ -113,9 +114,9 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, sta
     if alone and not {"probe", "report"}.isdisjoint(stages):
         with opened(config) as chain:
             if "probe" in stages:
-                judge({**_given(config, "probe"), **_alike(config), "models": _models(config), **_judged(config)})
+                judge({**_given(config, "probe"), "models": _alike(config), **_judged(config)})
             if "report" in stages:
-                chain.finish({"stage": "run"})
+                chain.finish({"stage": "run", "leaks": _leaks(out / "shards")})
                 report(out)
     return out / "report.html"
 
@@ -133,7 +134,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 def _rehearse(config: RunConfig, shards: Path) -> None:
     """Meet now the mistakes that the last stage would meet after hours."""
-    counts = {}
+    counts, meant = {}, {}
     source = blueprint(config.model)
     for role, origin in config.data.folders().items():
         if (shards / role).exists():
@@ -143,16 +144,40 @@ def _rehearse(config: RunConfig, shards: Path) -> None:
         if found.classes is None and role != "pretrain":
             raise DataError(f"data.{role}: {origin} has no labels; the probe needs one folder per class")
         counts[role] = len(found.classes or ())
-        held = (found.pixels if packed or config.data.pixels is None else config.data.pixels).names
-        absent = [band for band in source.vit.bands or () if band not in held]
-        if absent:
-            raise DataError(
-                f"data.{role}: {origin} has the bands {', '.join(held)}, but the model takes "
-                f"{', '.join(absent)} too; set model.bands to what all sets have"
+        meant[role] = found.pixels if packed or config.data.pixels is None else config.data.pixels
+        if packed and config.data.pixels is not None and _meaning(packed.pixels) != _meaning(config.data.pixels):
+            raise ConfigError(
+                f"data.pixels: {origin} is packed already, and its values mean something else; leave data.pixels out, "
+                "or give the images that were packed"
             )
+    _refuse_unlike(meant, bands_of(config.pretrain.views, source.vit, meant["train"]))
     rehearse(config.pretrain, copy.deepcopy(source), build_pretrain)
     if config.finetune is not None:
         rehearse(config.finetune, source, partial(build_finetune, classes=counts["train"]))
+
+
+def _refuse_unlike(meant: Mapping[str, Pixels], bands: tuple[str, ...]) -> None:
+    """Refuse sets that one backbone cannot be fed from: all need its bands, and one unit."""
+    for role, pixels in meant.items():
+        advice = "set model.bands to what all sets have"
+        if role.startswith("source_"):
+            advice = "retention needs source images of the same bands and unit; give such, or leave source_* out"
+        absent = [band for band in bands if band not in pixels.names]
+        if absent:
+            raise DataError(
+                f"data.{role}: has the bands {', '.join(pixels.names)}, but the model takes {', '.join(absent)} too; "
+                f"{advice}"
+            )
+        if pixels.unit != meant["train"].unit:
+            unit = advice if role.startswith("source_") else "pack one of them with the scale and offset of the other"
+            raise DataError(
+                f"data.{role}: holds values in {pixels.unit}, but data.train in {meant['train'].unit}; {unit}"
+            )
+
+
+def _meaning(pixels: Pixels) -> dict[str, Any]:
+    """What stored values are, without what was measured of them."""
+    return {**pixels.model_dump(exclude={"bands"}), "names": pixels.names}
 
 
 def _refuse_early(config: RunConfig, stage: str) -> None:
@@ -207,13 +232,14 @@ def _models(config: RunConfig) -> dict[str, Any]:
 
 
 def _alike(config: RunConfig) -> dict[str, Any]:
-    """The view that all models are judged by where values had to be scaled: that of the pretraining."""
-    given = config.probe.view or Center()
+    """The models to probe; the baseline sees the range that was pretrained in, which it has no record of itself."""
+    models, given = _models(config), config.probe.view or Center()
     views = configs.parse(Path(config.out) / "pretrain" / "config.yaml")["views"]
-    if given.scaling is not None or views["scaling"] == whole_range(RGB).model_dump(mode="json"):
-        return {}
-    same = {key: views[key] for key in ("scaling", "mean", "std")}
-    return {"view": {**given.model_dump(mode="json", exclude_unset=True), **same}}
+    photographs = whole_range(RGB).model_dump(mode="json"), list(RGB)
+    if given.scaling is None and (views["scaling"], views["bands"]) != photographs:
+        same = {key: views[key] for key in RANGE}
+        models["baseline"]["view"] = {**same, **given.model_dump(mode="json", exclude_unset=True)}
+    return models
 
 
 def _shards(config: RunConfig) -> dict[str, str]:
@@ -235,13 +261,20 @@ def _pack(folder: Path, data: DataConfig) -> None:
             pack(origin, folder / role, recipe=data.recipe, pixels=pixels)
 
 
-def _warn_of_leaks(folder: Path) -> None:
-    """Say which images would judge what they have taught."""
+def _leaks(folder: Path) -> list[str]:
+    """What judges although it has taught, a sentence for each pair of sets."""
+    found = []
     for taught, judges in (("train", "test"), ("pretrain", "test"), ("source_train", "source_test")):
         if (folder / taught).exists() and (folder / judges).exists():
             a, b = ShardSet.open(folder / taught), ShardSet.open(folder / judges)
             if leaked := len(overlap(b, a)):
-                logger.warning("data.%s: %d of its %d images are in data.%s, too", judges, leaked, len(b), taught)
+                found.append(f"data.{judges}: {leaked} of its {len(b)} images are in data.{taught}, too")
+    return found
+
+
+def _warn_of_leaks(folder: Path) -> None:
+    for leak in _leaks(folder):
+        logger.warning("%s", leak)
 
 
 def _refuse_changed(shards: Path, role: str, origin: str, recipe: str) -> None:

@@ -19,15 +19,9 @@ from explora.errors import ConfigError
 from explora.models import Loaded, load_model
 from explora.objectives import MAE, DINOv2, DINOv2Config, MAEConfig, Objective
 from explora.runs import save_arrays
+from explora.stages.fitting import expects, fit_views
 from explora.stages.result import Result
-from explora.stages.section import (
-    TrainingPlace,
-    TrainingSection,
-    expects,
-    fit_views,
-    fitted,
-    refuse_idle,
-)
+from explora.stages.section import TrainingPlace, TrainingSection, fitted, refuse_idle
 from explora.stages.sources import AnySet, Sources, opened_set, refuse_strange_sets
 from explora.stages.training import Trained, announce, logger, opened, seeded, together, train
 
@@ -143,12 +137,25 @@ def _monitor(
 ) -> Monitor | None:
     if config.monitor is None:
         return None
-    watched = images if config.monitor.shards is None else ShardSet.open(config.monitor.shards)
-    if isinstance(watched, RemoteSet):
+    seen = watched(config.monitor, images)
+    view = fit_views(Center(), objective.backbone, seen.pixels)
+    if config.monitor.shards not in (None, config.shards):
+        refuse_strange_sets(seen, view)
+    return Monitor(config.monitor, seen, view, on_best)
+
+
+def watched(config: MonitorConfig, images: AnySet) -> ShardSet | Mixture:
+    """What the monitor looks at, beside the images to learn from.
+
+    Raises:
+        ConfigError: these cannot be looked at again.
+    """
+    seen = images if config.shards is None else ShardSet.open(config.shards)
+    if isinstance(seen, RemoteSet):
         raise ConfigError(
             "monitor.shards is needed: images from afar cannot be looked at again; or set monitor to null"
         )
-    return Monitor(config.monitor, watched, fit_views(Center(), objective.backbone, watched.pixels), on_best)
+    return seen
 
 
 def _show(folder: Path, objective: Objective, config: PretrainConfig, shards: ShardSet | Mixture) -> None:

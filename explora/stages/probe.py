@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ from explora.models import ModelConfig, fingerprint, load_model, read_tensors
 from explora.objectives.supervised import classify
 from explora.reporting import results_table
 from explora.runs import Run, save_arrays, write_atomically
-from explora.stages.pack import bar_at
-from explora.stages.section import fit_views
+from explora.stages.fitting import fit_views
+from explora.stages.section import blueprint
 from explora.stages.sources import refuse_strange_sets
 from explora.stages.training import seeded
 
@@ -51,13 +51,15 @@ class ProbedModel(ModelConfig):
 
     head: str | None = None
     """head.safetensors of a fine-tuning; adds the evaluator `head`."""
+    view: Center | None = None
+    """Crop for this model alone; null takes that of all."""
 
 
 class ProbeSection(Config):
     """How to judge."""
 
     view: Center | None = None
-    """Crop of the test images; size, mean and std that are left out follow each backbone."""
+    """Crop of the images; size, range, mean and std that are left out follow each backbone."""
     evaluators: tuple[AnyEvaluator, ...] = (Linear(), LogisticRegression(), KNN(k=(10, 20)))
     """What judges the target; the first is the one that the report's headline takes."""
     source_evaluators: tuple[AnyEvaluator, ...] = (LogisticRegression(), KNN(k=(10, 20)))
@@ -156,12 +158,13 @@ def judge(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
         for name, shards in sets.items():
             if shards.classes is None:
                 raise DataError(f"{name}: {shards.folder} has no labels; a probe needs them")
+        views = _views(config, sets)
         judged: list[Judged] = []
         drifts: dict[str, dict[str, float]] = {}
         pictures: dict[str, np.ndarray] = {}
         baseline: dict[str, Features] = {}
         for name, model in config.models.items():
-            probed = _Probed(config, run.folder, name, model, sets["train"])
+            probed = _Probed(config, run.folder, name, model, views[name])
             features = {key: probed.features(shards) for key, shards in sets.items()}
             baseline = baseline or features
             judged += probed.judge(features)
@@ -175,20 +178,35 @@ def judge(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
         return rows
 
 
+def _views(config: ProbeConfig, sets: Mapping[str, ShardSet]) -> dict[str, Center]:
+    """How each model sees an image, after a look at all sets: what is wrong shows before anything is extracted.
+
+    Raises:
+        ConfigError, DataError: see `fit_views` and `refuse_strange_sets`.
+    """
+    pixels = sets["train"].pixels
+    views = {
+        name: fit_views(model.view or config.view or Center(), blueprint(model).vit, pixels)
+        for name, model in config.models.items()
+    }
+    for view in {(one.bands, one.scaling): one for one in views.values()}.values():
+        for shards in sets.values():
+            refuse_strange_sets(shards, view)
+    return views
+
+
 SETS = ("train", "test", "source_train", "source_test")
 
 
 class _Probed:
     """One model under the probe."""
 
-    def __init__(self, config: ProbeConfig, folder: Path, name: str, model: ProbedModel, fitted_on: ShardSet) -> None:
-        self.config, self.name, self.knows_labels = config, name, model.head is not None
+    def __init__(self, config: ProbeConfig, folder: Path, name: str, model: ProbedModel, view: Center) -> None:
+        self.config, self.name, self.view, self.knows_labels = config, name, view, model.head is not None
         seeded(config.seed)
         self.vit, account, *_ = load_model(model)
         logger.info("%s: %s, %s", name, self.vit.name, account or "random weights")
         self.hash = fingerprint(self.vit.state_dict())
-        self.view = fit_views(config.view or Center(), self.vit, fitted_on.pixels)
-        refuse_strange_sets(fitted_on, self.view)
         self.device = device_of(config.device)
         self.cache = Path(config.cache) if config.cache else folder / "features"
         self.vit.to(self.device).eval()
@@ -206,7 +224,7 @@ class _Probed:
                 precision=precision_on(self.device, self.config.precision),
                 cache_dir=self.cache,
                 weights_hash=self.hash,
-                progress=bar_at(bar),
+                progress=_bar_at(bar),
             )
 
     def judge(self, features: Mapping[str, Features]) -> Iterator[Judged]:
@@ -263,6 +281,15 @@ class _Probed:
         colours = pca_pictures(self.vit.features(images).patches.cpu(), like)
         out = {f"{self.name}__pca": colours}
         return out if like is not None else {**out, "images": self.view.pixels(images)}
+
+
+def _bar_at(bar: tqdm) -> Callable[[int], None]:
+    """A callback that moves a progress bar to so many images done."""
+
+    def move(done: int) -> None:
+        bar.update(done - bar.n)
+
+    return move
 
 
 def _drift(model: str, before: Mapping[str, Features], after: Mapping[str, Features]) -> dict[str, float]:

@@ -9,8 +9,7 @@ from typing import Any
 from explora import config as configs
 from explora.bands import PHOTOGRAPH, Pixels
 from explora.data import ShardSet
-from explora.data.shards.adopt import class_names
-from explora.data.shards.adopt import index as adopt
+from explora.data.shards.adopt import adopt, class_names
 from explora.data.shards.survey import record, survey
 from explora.stages.pack import watched
 from explora.stages.training import logger

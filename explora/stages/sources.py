@@ -42,6 +42,15 @@ def opened_set(sources: Sources, scratch: str | None = None) -> AnySet:
     return Mixture(sets, [source.weight for source in sources])
 
 
+def foreseen(sources: Sources) -> AnySet | None:
+    """What `opened_set` would open, read where it is; None where folders are not there yet. Nothing remote is read.
+
+    Raises:
+        DataError, ConfigError: see `opened_set`.
+    """
+    return opened_set(sources) if all(Path(place).exists() for place in folders(sources).values()) else None
+
+
 def folders(sources: Sources) -> dict[str, str]:
     """Folders that must be there, by their key in the config."""
     if isinstance(sources, str) and not remote(sources):

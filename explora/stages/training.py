@@ -20,6 +20,7 @@ from explora.models import Account, ViT, fingerprint
 from explora.objectives import Objective
 from explora.runs import Run
 from explora.schedules import Progress
+from explora.stages.fitting import RANGE
 from explora.stages.memory import memory_of, sizes
 from explora.stages.result import Result
 from explora.stages.section import TrainingSection, progress_of
@@ -56,8 +57,37 @@ def opened(config: Any) -> Iterator[Run]:
     """
     with ExitStack() as stack:
         first: list[Run] = []
-        on_first(lambda: first.append(stack.enter_context(Run.open(config.out, config))))
+        on_first(lambda: first.append(stack.enter_context(_claimed(config))))
         yield first[0] if first else Run.followed(config.out)
+
+
+@contextmanager
+def _claimed(config: Any) -> Iterator[Run]:
+    """`Run.open`, with words of its own for shards whose statistics have changed."""
+    with ExitStack() as stack:
+        try:
+            run = stack.enter_context(Run.open(config.out, config))
+        except RunError:
+            if _differs_in_range_alone(Path(config.out) / "config.yaml", config):
+                raise RunError(
+                    f"{config.out}: the statistics of the shards have changed since this run began, and with them "
+                    "views.scaling, mean and std, which follow them where they are left out; copy these three from "
+                    "its config.yaml to go on as it began, or choose another out"
+                ) from None
+            raise
+        yield run
+
+
+def _differs_in_range_alone(recorded: Path, config: Any) -> bool:
+    """Whether the run there has the same config but for the range of values."""
+    if not recorded.is_file():
+        return False
+    then, now = configs.parse(recorded), config.model_dump(mode="json")
+    same = [
+        {**one, "views": {key: value for key, value in one.get("views", {}).items() if key not in RANGE}}
+        for one in (then, now)
+    ]
+    return then != now and same[0] == same[1]
 
 
 def train(

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from explora.bands import PHOTOGRAPH, Pixels
-from explora.data.decode import MAX_BYTES, decode
+from explora.data.decode import decode
 from explora.data.shards.crew import Count, Progress, work
 from explora.data.shards.index import ShardSet
-from explora.data.shards.listing import EXTENSIONS, Listing
-from explora.data.shards.manifest import INDEX, MANIFEST, ROW, Skipped, digest
+from explora.data.shards.listing import Listing
+from explora.data.shards.manifest import INDEX, MANIFEST, ROW, Skipped, digest, listed
 from explora.data.shards.parts import Part, announce, bind
 from explora.data.statistics import Tally
+from explora.data.tars import Sample, samples, text
 from explora.errors import DataError, RunError
 from explora.runs import sync
 
 CLASSES: Final = "classes.txt"
 """In the folder: one class name to a line, in the order of the labels."""
 MAX_CLASSES: Final = 1_000_000
-MAX_FACTS: Final = 2**20
-"""Bytes of a `.cls` or `.json` member."""
-_SHOWN: Final = 10
-_COMPRESSED: Final = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-"""How files of gzip, bzip2, xz and zstd begin."""
-_NOT_PLAIN: Final = "is compressed, so no image in it can be reached alone; unpack it to a .tar"
 
 
 class _Task(NamedTuple):
@@ -45,7 +38,7 @@ class _Task(NamedTuple):
     """How many labels there may be."""
 
 
-def index(
+def adopt(
     folder: str | Path,
     *,
     name: str,
@@ -78,8 +71,7 @@ def index(
     found = work(_read, tasks, workers, progress=progress)
     parts = [one for one in found if isinstance(one, Part)]
     if faults := [one for one in found if isinstance(one, DataError)]:
-        more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise DataError(f"{folder}: {len(faults)} fault(s)\n  " + "\n  ".join(map(str, faults[:_SHOWN])) + more)
+        raise DataError(f"{folder}: {len(faults)} fault(s){listed(faults)}")
     if not any(len(part.rows) for part in parts):
         shown = "".join(f"\n  {item.path}: {item.reason}" for part in parts for item in part.skipped[:1])
         raise DataError(f"{folder}: no image in {len(paths)} tar(s) is usable{shown[:2000]}")
@@ -118,7 +110,7 @@ def _tars(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: no .tar files")
     for path in tars:
         if not path.name.isprintable() or "\\" in path.name:
-            raise DataError(f"{folder}: {_text(path.name)} is no name that a manifest can hold; rename the file")
+            raise DataError(f"{folder}: {text(path.name)} is no name that a manifest can hold; rename the file")
     return tars
 
 
@@ -146,19 +138,18 @@ def _read(task: _Task, count: Count) -> Part | DataError:
     skipped: list[Skipped] = []
     tally = Tally(task.pixels)
     try:
+        for sample in samples(lambda: path.open("rb"), {"cls", "json"}):
+            try:
+                row, image = _row(sample, task.pixels)
+                tally.add(image)
+                rows.append(row)
+            except DataError as error:
+                skipped.append(Skipped(path=f"{path.name}: {text(sample.key)}", reason=str(error)))
+            count(1)
         with path.open("rb") as file:
-            for key, members in _samples(file):
-                try:
-                    row, image = _row(file, members, task)
-                    tally.add(image)
-                    rows.append(row)
-                except DataError as error:
-                    skipped.append(Skipped(path=f"{path.name}: {_text(key)}", reason=str(error)))
-                count(1)
-            file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
-    except (tarfile.TarError, DataError) as error:
+    except DataError as error:
         return DataError(f"{path}: {error}")
     except OSError as error:
         return DataError(f"{path}: cannot be read: {error.strerror}")
@@ -167,101 +158,29 @@ def _read(task: _Task, count: Count) -> Part | DataError:
     return Part(path.name, size, sha256, np.array(rows, ROW), skipped, tally.state())
 
 
-def _samples(file: IO[bytes]) -> Iterator[tuple[str, list[tuple[str, tarfile.TarInfo]]]]:
-    """Key of each sample, with the endings and headers of its members."""
-    key = ""
-    members: list[tuple[str, tarfile.TarInfo]] = []
-    for member in _members(file):
-        name = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", member.name)
-        if member.isdir() or name is None or re.match(r"__[^/]*__($|/)", member.name):
-            continue
-        if name[1] != key:
-            if members:
-                yield key, members
-            key, members = name[1], []
-        members.append((name[2].lower(), member))
-    if members:
-        yield key, members
-
-
-def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """The headers in a tar.
-
-    Raises:
-        DataError: it is compressed, or does not go on to its end mark.
-        tarfile.TarError: it is no tar, or cut off.
-    """
-    if file.read(4).startswith(_COMPRESSED):
-        raise DataError(_NOT_PLAIN)
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # or it would remember every one
-            yield member
-        # tarfile ends quietly where a header is damaged or missing.
-        end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
-    if end != bytes(tarfile.BLOCKSIZE):
-        raise DataError(f"is damaged or cut off at byte {tar.offset}: no end mark of a tar is there")
-
-
-def _row(
-    file: IO[bytes], members: list[tuple[str, tarfile.TarInfo]], task: _Task
-) -> tuple[tuple[int, int, int, int, int, int], np.ndarray]:
+def _row(sample: Sample, pixels: Pixels) -> tuple[tuple[int, int, int, int, int, int], np.ndarray]:
     """What the index says of a sample, and its image.
 
     Raises:
         DataError: it has no image or several, or one that cannot be read, or a label that is no number.
     """
-    images = [(ending, member) for ending, member in members if _last(ending) in EXTENSIONS]
-    if len(images) != 1:
-        found = ", ".join(_text(ending) for ending, _ in images[:5]) or "none"
-        raise DataError(f"needs one image member, has {found}")
-    label = _label(file, dict(members))
-    member = images[0][1]
-    if member.size > MAX_BYTES:
-        raise DataError(f"an image of {member.size} bytes is above the bound of {MAX_BYTES}")
-    blob = _content(file, member)
-    image = decode(blob, task.pixels)
-    return (member.offset_data, digest(blob), 0, len(blob), label, -1), image
+    blob, label = sample.image(), _label(sample)
+    return (sample.offset, digest(blob), 0, len(blob), label, -1), decode(blob, pixels)
 
 
-def _last(ending: str) -> str:
-    return f".{ending.rpartition('.')[2]}"
-
-
-def _label(file: IO[bytes], members: dict[str, tarfile.TarInfo]) -> int:
+def _label(sample: Sample) -> int:
     """The class of a sample, -1 without one."""
     found: object = -1
-    if "cls" in members:
-        found = _facts(file, members["cls"]).decode(errors="replace")
-    elif "json" in members:
+    if (number := sample.facts("cls")) is not None:
+        found = number.decode(errors="replace")
+    elif (facts := sample.facts("json")) is not None:
         try:
-            facts = json.loads(_facts(file, members["json"]))
+            known = json.loads(facts)
         except (ValueError, RecursionError):
             raise DataError("its .json cannot be read") from None
-        if isinstance(facts, dict):
-            found = facts.get("label", facts.get("cls", -1))
+        if isinstance(known, dict):
+            found = known.get("label", known.get("cls", -1))
     with suppress(ValueError):
         if isinstance(found, int | str) and not isinstance(found, bool) and -1 <= int(found) < MAX_CLASSES:
             return int(found)
-    raise DataError(f"its label is no number of a class: {_text(str(found))}")
-
-
-def _facts(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
-    if member.size > MAX_FACTS:
-        raise DataError(f"{_text(member.name)} has {member.size} bytes, more than {MAX_FACTS}")
-    return _content(file, member)
-
-
-def _content(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
-    if not member.isreg() or member.issparse():
-        raise DataError(f"{_text(member.name)} is a link, a device or a file with holes")
-    blob = os.pread(file.fileno(), member.size, member.offset_data)
-    if len(blob) != member.size:
-        raise DataError(f"{_text(member.name)} is cut off")
-    return blob
-
-
-def _text(name: str) -> str:
-    """A foreign name for messages: printable, and not without end."""
-    return ascii(name)[1:-1][:200]
+    raise DataError(f"its label is no number of a class: {text(str(found))}")

@@ -1,7 +1,9 @@
-"""Work on many files at once, in processes that never outlive the one that asked for it."""
+"""Work on many files at once, in processes that never outlive the one that asked for it; one at a time with a lock."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -11,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import IO, Any, Final, TypeAlias, TypeVar
 
 from explora.errors import RunError
 
@@ -70,6 +72,22 @@ def work(
             "one of the worker processes was killed, perhaps for want of memory: run the same command again with fewer "
             "workers (in a script of your own, make the call below `if __name__ == '__main__':`)"
         ) from None
+
+
+def locked(file: IO[bytes]) -> bool:
+    """Take the lock of an open file, unless another process has it; the end of this one frees it.
+
+    Raises:
+        OSError: this file system has no locks.
+    """
+    try:
+        # Not flock: processes that load data would inherit it and outlive a kill of this one by seconds.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
 
 
 def _nobody(done: int, total: int) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import tarfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,20 +21,21 @@ from explora.data.shards.manifest import (
     INDEX,
     Manifest,
     Skipped,
-    damaged,
     digest,
     fingerprint,
+    listed,
     read_index,
     read_manifest,
 )
+from explora.data.tars import Sample, samples
 from explora.errors import DataError
 
 OPEN: Final = 256
 """Tar files that a set holds open at a time, at most."""
-SHOWN: Final = 10
-"""Faults that `ShardSet.verify` names."""
 CHUNK: Final = 1 << 20
 """Rows of the index that are looked at together."""
+
+Made = TypeVar("Made")
 
 
 class ShardSet:
@@ -61,7 +61,8 @@ class ShardSet:
         """
         shards = cls.trusted(folder)
         for shard in shards.manifest.shards:
-            _check_size(shards.folder / shard.file, shard.bytes)
+            if fault := _resized(shards.folder / shard.file, shard.bytes):
+                raise DataError(f"{fault}; {shards.manifest.again}")
         return shards
 
     @classmethod
@@ -102,13 +103,21 @@ class ShardSet:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """Class of each image, int32 (n,), -1 without one."""
-        return np.ascontiguousarray(self.index["label"], dtype=np.int32)
+        """Class of each image, int32 (n,), -1 without one.
+
+        Raises:
+            DataError: the index has one that is no class.
+        """
+        return self._numbers("label", len(self.classes or ()))
 
     @cached_property
     def groups(self) -> np.ndarray:
-        """Group of each image, int32 (n,), -1 without one; see `manifest.groups`."""
-        return np.ascontiguousarray(self.index["group"], dtype=np.int32)
+        """Group of each image, int32 (n,), -1 without one; see `manifest.groups`.
+
+        Raises:
+            DataError: the index has one that is no group.
+        """
+        return self._numbers("group", len(self.manifest.groups.names if self.manifest.groups else ()))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -119,17 +128,7 @@ class ShardSet:
         Raises:
             DataError: the shard cannot be read, or is not the one that was packed.
         """
-        offset, _, number, size, _, _ = self.index[index].item()
-        if number >= len(self.manifest.shards) or offset + size > self.manifest.shards[number].bytes:
-            raise damaged(self.folder / INDEX, f"image {index} points outside the shards")
-        try:
-            tar = self._tar(number)
-            blob = os.pread(tar.descriptor, size, offset)
-        except OSError as error:
-            raise DataError(f"{self.where(index)}: cannot be read: {error.strerror}") from None
-        if len(blob) != size:
-            raise DataError(f"{self.where(index)}: the file ends too early; pack the images again")
-        return blob
+        return self._made(index, lambda blob: blob)
 
     def image(self, index: int, *, least: int | None = None) -> np.ndarray:
         """Image `index`, decoded: (H, W, bands) of the stored type.
@@ -140,35 +139,73 @@ class ShardSet:
         Raises:
             DataError: names the shard, the place in it and the reason.
         """
-        try:
-            return decode(self.read(index), self.pixels, least=least)
-        except DataError as error:
-            raise DataError(f"{self.where(index)}: {error}; pack the images again") from None
+        return self._made(index, lambda blob: decode(blob, self.pixels, least=least))
 
     def where(self, index: int) -> str:
         """Shard file, number and name (or else the place) of an image, for messages."""
-        offset, _, number, _, _, _ = self.index[index].item()
-        if number >= len(self.manifest.shards):
+        try:
+            number, offset, _ = self._place(index)
+        except DataError:
             return f"{self.folder / INDEX}: image {index}"
         try:
             header = os.pread(self._tar(number).descriptor, tarfile.BLOCKSIZE, max(offset - tarfile.BLOCKSIZE, 0))
             place = ascii(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[1:-1]
-        except (OSError, tarfile.HeaderError):
+        except (OSError, ValueError, tarfile.TarError):
             place = f"byte {offset}"
         return f"{self.folder / self.manifest.shards[number].file}: image {index} ({place})"
 
     def source(self, index: int) -> str:
         """What image `index` was called before it was packed; of an adopted tar, see `where`."""
-        offset, _, number, _, _, _ = self.index[index].item()
-        path = self.folder / self.manifest.shards[number].file
-        with suppress(OSError, ValueError, LookupError, TypeError, tarfile.TarError), path.open("rb") as file:
-            file.seek(offset - tarfile.BLOCKSIZE)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in itertools.islice(tar, 3):
-                    if member.name.endswith(".json"):
-                        file.seek(member.offset_data)
-                        return str(json.loads(file.read(member.size))["path"])
+
+        def opened() -> IO[bytes]:
+            file = (self.folder / self.manifest.shards[number].file).open("rb")
+            file.seek(max(offset - tarfile.BLOCKSIZE, 0))
+            return file
+
+        with suppress(ValueError, LookupError, TypeError, RecursionError):  # DataError is a ValueError
+            number, offset, _ = self._place(index)
+            with closing(samples(opened, {"json"})) as found:
+                return str(json.loads(next(found, Sample("")).facts("json") or b"")["path"])
         return self.where(index)
+
+    def _made(self, index: int, make: Callable[[bytes], Made]) -> Made:
+        """What comes of the bytes of an image; any fault with the place and what mends it."""
+        try:
+            return make(self._bytes(index))
+        except DataError as error:
+            raise DataError(f"{self.where(index)}: {error}; {self.manifest.again}") from None
+
+    def _bytes(self, index: int) -> bytes:
+        number, offset, size = self._place(index)
+        try:
+            tar = self._tar(number)
+            blob = os.pread(tar.descriptor, size, offset)
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}") from None
+        if len(blob) != size:
+            raise DataError("the file ends too early")
+        return blob
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """Number of the shard, first byte and how many: of all that reads, the one that looks at the index.
+
+        Raises:
+            DataError: they are outside the shards.
+        """
+        offset, _, number, size, _, _ = self.index[index].item()
+        if number >= len(self.manifest.shards) or offset + size > self.manifest.shards[number].bytes:
+            raise DataError("points outside the shards")
+        return number, offset, size
+
+    def _numbers(self, field: str, count: int) -> np.ndarray:
+        numbers = np.ascontiguousarray(self.index[field], dtype=np.int32)
+        if numbers.min() < -1 or numbers.max() >= count:
+            wrong = int(np.flatnonzero((numbers < -1) | (numbers >= count))[0])
+            raise DataError(
+                f"{self.folder / INDEX}: image {wrong} has {field} {numbers[wrong]}, but the manifest names {count}; "
+                f"{self.manifest.again}"
+            )
+        return numbers
 
     def verify(self, *, workers: int | None = 0, progress: Progress | None = None) -> None:
         """Read everything once and compare sizes and digests of the files, and the digest of each image.
@@ -185,15 +222,19 @@ class ShardSet:
         faults = [fault for some in found for fault in some]
         chunks = (self.index[start : start + CHUNK] for start in range(0, len(self), CHUNK))
         labelled = ((chunk["label"], chunk["digest"]) for chunk in chunks)
-        if fingerprint(self.classes, self.pixels, labelled) != self.fingerprint:
-            faults.append(f"{self.folder / INDEX}: its labels and digests are not those that were packed")
+        if self._reindexed() or fingerprint(self.classes, self.pixels, labelled) != self.fingerprint:
+            faults.append(f"{self.folder / INDEX}: not the index that was packed")
         if faults:
-            more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-            raise DataError(
-                f"{self.folder}: damaged, {len(faults)} fault(s); pack the images again\n  "
-                + "\n  ".join(faults[:SHOWN])
-                + more
-            )
+            raise DataError(f"{self.folder}: damaged, {len(faults)} fault(s); {self.manifest.again}{listed(faults)}")
+
+    def _reindexed(self) -> bool:
+        if self.manifest.index_sha256 is None:
+            return False
+        try:
+            with (self.folder / INDEX).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() != self.manifest.index_sha256
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Close the tar files; the next read opens them again."""
@@ -246,33 +287,34 @@ def _faults(task: _Check, count: Count) -> list[str]:
     shard = shards.manifest.shards[task.number]
     path = shards.folder / shard.file
     faults = []
+    if fault := _resized(path, shard.bytes):
+        return [fault]
     try:
-        _check_size(path, shard.bytes)
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 faults.append(f"{path}: its content has changed since it was packed")
-    except (DataError, OSError) as error:
-        return [str(error).removesuffix("; pack the images again")]
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}"]
     for index in range(task.end - shard.samples, task.end):
-        faults += _fault(shards, index, task.number)
+        if fault := _differs(shards, index, task.number):
+            faults.append(f"{shards.where(index)}: {fault}")
         count(1)
     return faults
 
 
-def _fault(shards: ShardSet, index: int, number: int) -> list[str]:
+def _differs(shards: ShardSet, index: int, number: int) -> str:
     row = shards.index[index]
     try:
-        if int(row["shard"]) == number and digest(shards.read(index)) == int(row["digest"]):
-            return []
+        same = int(row["shard"]) == number and digest(shards._bytes(index)) == int(row["digest"])
     except DataError as error:
-        return [str(error).removesuffix("; pack the images again")]
-    return [f"{shards.where(index)}: not the image that was packed"]
+        return str(error)
+    return "" if same else "not the image that was packed"
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _resized(path: Path, expected: int) -> str:
+    """What is wrong with the size of a file."""
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise damaged(path, str(error.strerror)) from None
-    if size != expected:
-        raise damaged(path, f"{size} bytes, but {expected} were packed")
+        return f"{path}: damaged: {error.strerror}"
+    return f"{path}: damaged: {size} bytes, but {expected} were packed" if size != expected else ""

@@ -27,6 +27,8 @@ class RawSample:
     """The path to record, relative to the data set; the bare file name when empty."""
     box: tuple[int, int, int, int] | None = None
     """Left, top, width and height in pixels of the part to pack, cut at the borders; None packs the file as it is."""
+    fault: str = ""
+    """Why it cannot be packed, where the recipe knows already; it is left out with this reason."""
 
     @property
     def recorded(self) -> str:

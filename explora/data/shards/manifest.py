@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import IO, Any, Final, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from explora.bands import PHOTOGRAPH, Pixels
 from explora.config import Config, validate
@@ -25,6 +27,9 @@ ROW = np.dtype(
 )
 """One image: where its bytes start in which shard and how many they are, the first 8 bytes of their sha256 as a
 little-endian number, its class and its group (-1: none)."""
+SHOWN: Final = 10
+"""Of many faults, how many are named."""
+_UNKNOWN: Final = "pack or index the images again"
 
 
 class ShardFile(Config):
@@ -81,6 +86,8 @@ class Manifest(Config):
     """The tar files in order."""
     fingerprint: str
     """See `fingerprint`."""
+    index_sha256: str | None = None
+    """Digest of `index.npy`; sets that were packed before it was recorded have none."""
     skipped: list[Skipped] = Field(default_factory=list)
     """Inputs that were left out, the first 10,000."""
     left_out: int = Field(0, ge=0)
@@ -89,6 +96,22 @@ class Manifest(Config):
     """Images whose bytes an earlier image has, too."""
     overlaps: dict[str, int] = Field(default_factory=dict)
     """Images that another set has too, by the name of that set, as far as anybody compared them."""
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        for what in ("samples", "bytes"):
+            whole, parts = getattr(self, what), sum(getattr(shard, what) for shard in self.shards)
+            if whole != parts:
+                raise ValueError(f"{what}: {whole}, but the shards have {parts}")
+        if len({shard.file for shard in self.shards}) != len(self.shards):
+            raise ValueError("shards: a file is listed more than once")
+        return self
+
+    @property
+    def again(self) -> str:
+        """What mends a damaged set: only `explora pack` calls files like this."""
+        packed = all(re.fullmatch(r"shard-\d{6,}\.tar", shard.file) for shard in self.shards)
+        return "pack the images again" if packed else "index the tars again"
 
 
 def fingerprint(classes: list[str] | None, pixels: Pixels, labelled: Iterable[tuple[np.ndarray, np.ndarray]]) -> str:
@@ -128,18 +151,21 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(
             f"{folder}: not packed shards (no {MANIFEST}); run `explora pack` on your images first"
         ) from None
-    except (OSError, ValueError) as error:
-        raise damaged(path, str(error)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged: {error}; {_UNKNOWN}") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of {FORMAT}; run `explora pack` on your images first")
     if raw.get("version") != VERSION:
-        raise DataError(
-            f"{path}: version {raw.get('version')}, but this explora reads version {VERSION}; pack the images again"
-        )
+        raise DataError(f"{path}: version {raw.get('version')}, but this explora reads version {VERSION}; {_UNKNOWN}")
     try:
-        return validate(Manifest, raw, path)
+        manifest = validate(Manifest, raw, path)
     except ConfigError as error:
-        raise damaged(path, str(error)) from None
+        raise DataError(f"{path}: damaged: {error}; {_UNKNOWN}") from None
+    digests = [manifest.fingerprint, manifest.index_sha256, *(shard.sha256 for shard in manifest.shards)]
+    for digest in digests:
+        if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
+            raise DataError(f"{path}: damaged: {digest[:80]!a} is no sha256; {_UNKNOWN}")
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -148,21 +174,38 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
-    """The rows of `index.npy`, (samples,) of `ROW`, memory-mapped.
+    """The rows of `index.npy`, (samples,) of `ROW`, memory-mapped: no row is read.
 
     Raises:
         DataError: it is damaged, or does not belong to the manifest.
     """
-    path = folder / INDEX
+    path, rows = folder / INDEX, manifest.samples
     try:
-        index: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise damaged(path, str(error)) from None
-    if index.dtype != ROW or index.shape != (manifest.samples,):
-        raise damaged(path, f"expected {manifest.samples} rows of the index")
-    return index
+        with path.open("rb") as file:
+            facts = _header(file)
+            start, size = file.tell(), file.seek(0, 2)
+        expected = {"descr": ROW.descr, "fortran_order": False, "shape": (rows,)}
+        if facts != expected or size != start + rows * ROW.itemsize:
+            raise DataError(f"expected {rows} rows of the index")
+        return np.memmap(path, ROW, "r", start, (rows,))
+    except OSError as error:
+        raise DataError(f"{path}: damaged: {error.strerror}; {manifest.again}") from None
+    except DataError as error:
+        raise DataError(f"{path}: damaged: {error}; {manifest.again}") from None
 
 
-def damaged(path: Path, reason: str) -> DataError:
-    """The error for a file that is not what was packed."""
-    return DataError(f"{path}: damaged: {reason}; pack the images again")
+def _header(file: IO[bytes]) -> object:
+    """What an array file says of itself, read by hand: numpy would open archives and pickles by their first bytes."""
+    if file.read(8) != b"\x93NUMPY\x01\x00":
+        raise DataError("not an array of numpy's format 1.0")
+    text = file.read(int.from_bytes(file.read(2), "little")).decode("latin1")
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        raise DataError("its header cannot be read") from None
+
+
+def listed(faults: Sequence[object]) -> str:
+    """The first of many faults, each on a line of its own, and how many more there are."""
+    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+    return "".join(f"\n  {fault}" for fault in [*faults[:SHOWN], *more])

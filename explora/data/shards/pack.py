@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from explora.data.shards.crew import Progress, work
+from explora.data.shards.crew import Progress, locked, work
 from explora.data.shards.index import ShardSet
 from explora.data.shards.listing import Listing, RawSample
 from explora.data.shards.parts import Part, announce, bind, replacing
@@ -116,12 +115,11 @@ def _held(folder: Path, out: Path) -> Iterator[None]:
     """
     with (folder / ".lock").open("ab+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+            if not locked(file):
                 file.seek(0)
                 holder = file.read().decode() or "unknown"
-                raise DataError(f"{out}: another process is packing into it ({holder}); wait for it") from None
+                raise DataError(f"{out}: another process is packing into it ({holder}); wait for it")
+        except OSError:
             logger.warning("%s: this file system has no locks; make sure that nothing else packs here", folder)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}".encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import logging
 import os
@@ -16,14 +18,23 @@ import numpy as np
 from explora.bands import Pixels
 from explora.data.shards.index import ShardSet, among, overlap
 from explora.data.shards.listing import Listing
-from explora.data.shards.manifest import INDEX, ROW, Manifest, ShardFile, Skipped, fingerprint, write_manifest
+from explora.data.shards.manifest import (
+    INDEX,
+    ROW,
+    SHOWN,
+    Manifest,
+    ShardFile,
+    Skipped,
+    fingerprint,
+    write_manifest,
+)
 from explora.data.statistics import Tally
 from explora.errors import DataError
 
 LISTED: Final = 10_000
 """Images left out that a manifest names; one more entry says how many others there are."""
-SHOWN: Final = 10
-"""Of these, how many the log names."""
+_FEW: Final = 3
+"""Images that a line of the log names."""
 
 logger = logging.getLogger("explora")
 
@@ -101,12 +112,12 @@ def bind(
         pixels=with_statistics(listing.pixels, whole.tally),
         shards=whole.shards,
         fingerprint=fingerprint(listing.classes, listing.pixels, labelled),
+        index_sha256=_write_index(folder / INDEX, whole.tables),
         skipped=whole.skipped,
         left_out=whole.missing,
         duplicates=len(digests) - len(np.unique(digests)),
         overlaps={other.name: int(among(digests, other.index["digest"]).sum()) for other in against},
     )
-    _write_index(folder / INDEX, whole.tables)
     write_manifest(folder, manifest)
 
 
@@ -147,17 +158,32 @@ def announce(shards: ShardSet, against: Sequence[ShardSet] = ()) -> None:
     if missing > SHOWN:
         logger.warning("... and %d more; the manifest says why", missing - SHOWN)
     for other in against:
-        if shared := shards.manifest.overlaps[other.name]:
-            first = ", ".join(shards.source(int(index)) for index in overlap(shards, other)[:3])
-            logger.warning("%d images are also in %s (%s): %s, ...", shared, other.folder, other.name, first)
+        if shards.manifest.overlaps[other.name]:
+            are, names = _some(shards, overlap(shards, other))
+            logger.warning("%s also in %s (%s): %s", are, other.folder, other.name, names)
     if shards.manifest.duplicates:
-        logger.warning("%d images are exact duplicates of others", shards.manifest.duplicates)
+        are, names = _some(shards, _repeated(shards.index["digest"]))
+        logger.warning("%s in this set already, byte for byte: %s", are, names)
     logger.info(
         "%s: %d images in %d shard(s), %s, %d skipped",
         *(shards.folder, len(shards), len(shards.manifest.shards)),
         f"{len(shards.classes)} classes" if shards.classes else "no labels",
         missing,
     )
+
+
+def _some(shards: ShardSet, images: np.ndarray) -> tuple[str, str]:
+    """How many images there are, and what the first few were called."""
+    names = ", ".join(shards.source(int(index)) for index in images[:_FEW])
+    are = "1 image is" if len(images) == 1 else f"{len(images)} images are"
+    return are, names + ", ..." * (len(images) > _FEW)
+
+
+def _repeated(digests: np.ndarray) -> np.ndarray:
+    """Numbers of the images whose digest an earlier one has."""
+    first = np.zeros(len(digests), bool)
+    first[np.unique(digests, return_index=True)[1]] = True
+    return np.flatnonzero(~first)
 
 
 @contextmanager
@@ -178,11 +204,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_index(path: Path, tables: list[np.ndarray]) -> None:
-    """As `numpy.save` of all tables together, without a second copy of them in memory."""
-    rows = sum(map(len, tables))
-    header = {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (rows,)}
+def _write_index(path: Path, tables: list[np.ndarray]) -> str:
+    """As `numpy.save` of all tables together, without a second copy of them in memory; returns the file's sha256."""
+    header, shape = io.BytesIO(), (sum(map(len, tables)),)
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": shape}
+    )
+    whole = hashlib.sha256()
     with replacing(path) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for table in tables:
-            file.write(np.ascontiguousarray(table).data)
+        for block in (header.getbuffer(), *(np.ascontiguousarray(table).data for table in tables)):
+            file.write(block)
+            whole.update(block)
+    return whole.hexdigest()

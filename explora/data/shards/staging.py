@@ -7,8 +7,6 @@ removed; clear old copies out of the scratch folder as you would anything else t
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -18,24 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from explora.data.shards.manifest import (
-    INDEX,
-    MANIFEST,
-    Manifest,
-    ShardFile,
-    damaged,
-    fingerprint,
-    read_index,
-    read_manifest,
-    write_manifest,
-)
+from explora.data.shards.crew import locked
+from explora.data.shards.manifest import INDEX, MANIFEST, Manifest, ShardFile, read_index, read_manifest, write_manifest
 from explora.errors import DataError
 from explora.runs import sync
 
 logger = logging.getLogger("explora")
 
 _CHUNK = 8 * 2**20
-_ROWS = 2**20
 _LOCK = ".lock"
 _POLL = 0.2
 _REMIND = 30.0
@@ -84,24 +72,12 @@ def _alone(lock: Path) -> Iterator[None]:
     """Be the only process on this node that holds `lock`, after whoever has it now; the end of a process frees it."""
     with lock.open("ab") as file:
         started = said = time.monotonic()
-        # Not flock: processes that load data would inherit it and outlive a kill of this one by seconds.
-        while not _held(file.fileno()):
+        while not locked(file):
             if said == started or time.monotonic() - said > _REMIND:
                 said = time.monotonic()
                 logger.info("%s: waiting for the process that copies (%.0f s)", lock.parent, said - started)
             time.sleep(_POLL)
         yield
-
-
-def _held(descriptor: int) -> bool:
-    """Try to take the lock."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        return False
-    return True
 
 
 def _finished(place: Path, manifest: Manifest) -> bool:
@@ -136,12 +112,11 @@ def _complete(folder: Path, place: Path, manifest: Manifest, progress: Callable[
     _check_room(folder, place, missing)
     started, done = time.monotonic(), 0
     for shard in missing:
-        for count in _copied(folder, place, shard.file, shard.sha256):
+        for count in _copied(folder, place, manifest, shard.file, shard.sha256):
             done += count
             if progress:
                 progress(done)
-    _check_index(folder, manifest)
-    list(_copied(folder, place, INDEX))
+    list(_copied(folder, place, manifest, INDEX, manifest.index_sha256))
     write_manifest(place, manifest)
     sync(place)
     logger.info("%s: %s copied from %s in %.1f s", place, _mib(done), folder, time.monotonic() - started)
@@ -158,7 +133,7 @@ def _check_room(folder: Path, place: Path, missing: list[ShardFile]) -> None:
         logger.info("%s: copying %d files of %s, %s", place, len(missing), folder, _mib(need))
 
 
-def _copied(folder: Path, place: Path, name: str, sha256: str | None = None) -> Iterator[int]:
+def _copied(folder: Path, place: Path, manifest: Manifest, name: str, sha256: str | None) -> Iterator[int]:
     """Copy one file, all or nothing, telling the bytes of each piece.
 
     Raises:
@@ -175,7 +150,7 @@ def _copied(folder: Path, place: Path, name: str, sha256: str | None = None) -> 
             file.flush()
             os.fsync(file.fileno())
         if sha256 not in (None, whole.hexdigest()):
-            raise damaged(folder / name, "its content is not what the manifest says")
+            raise DataError(f"{folder / name}: damaged: its content is not what the manifest says; {manifest.again}")
         temporary.replace(place / name)
     finally:
         temporary.unlink(missing_ok=True)
@@ -193,19 +168,6 @@ def _chunks(path: Path) -> Iterator[bytes]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_index(folder: Path, manifest: Manifest) -> None:
-    """Compare the index with the fingerprint, because the manifest has no digest of the file.
-
-    Raises:
-        DataError: it is not the one of these shards.
-    """
-    index = read_index(folder, manifest)
-    blocks = (index[first : first + _ROWS] for first in range(0, len(index), _ROWS))
-    labelled = ((block["label"], block["digest"]) for block in blocks)
-    if fingerprint(manifest.classes, manifest.pixels, labelled) != manifest.fingerprint:
-        raise damaged(folder / INDEX, "it does not belong to the manifest")
 
 
 def _mib(count: int) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-import simplejpeg
 import tifffile
 from PIL import Image
 
@@ -72,13 +71,13 @@ class Job(NamedTuple):
 
 def to_line(sample: RawSample, size: int, changed: int) -> bytes:
     """A line of `SAMPLES`; the size and the time of the file only tell whether it has changed."""
-    path = os.path.abspath(sample.path)
-    return json.dumps([path, sample.label, sample.group, sample.recorded, sample.box, size, changed]).encode() + b"\n"
+    facts = (os.path.abspath(sample.path), sample.label, sample.group, sample.recorded, sample.box, sample.fault)
+    return json.dumps([*facts, size, changed]).encode() + b"\n"
 
 
 def _of_line(line: bytes) -> RawSample:
-    path, label, group, name, box, *_ = json.loads(line)
-    return RawSample(Path(path), label, group, name, box and tuple(box))
+    path, label, group, name, box, fault, *_ = json.loads(line)
+    return RawSample(Path(path), label, group, name, box and tuple(box), fault)
 
 
 def write_shard(job: Job, count: Count) -> None:
@@ -127,8 +126,10 @@ def _stored(sample: RawSample, pixels: Pixels) -> tuple[str, bytes, np.ndarray]:
     """Ending and bytes to store for an image, and what they decode to.
 
     Raises:
-        DataError: the image cannot be read, or is not what the pixels say.
+        DataError: the image cannot be read, or is not what the pixels say, or the recipe knew that it cannot be packed.
     """
+    if sample.fault:
+        raise DataError(sample.fault)
     suffix = sample.path.suffix.lower()
     if suffix not in EXTENSIONS:
         raise DataError(f"'{suffix}' is none of {', '.join(sorted(EXTENSIONS))}")
@@ -182,9 +183,11 @@ def encode(image: np.ndarray, *, jpeg: bool) -> tuple[str, bytes]:
             file, image, photometric="minisblack", planarconfig="contig", compression="deflate", metadata=None
         )
         return ".tif", file.getvalue()
-    if jpeg:
-        return ".jpg", simplejpeg.encode_jpeg(image, quality=95, colorspace="RGB", colorsubsampling="444")
     file = io.BytesIO()
+    if jpeg:
+        # By Pillow even beside simplejpeg, which at this quality takes a coarser transform.
+        Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
+        return ".jpg", file.getvalue()
     Image.fromarray(image).save(file, "PNG")
     return ".png", file.getvalue()
 
