@@ -29,7 +29,7 @@ from explora.data.shards.manifest import Groups
 from explora.data.shards.pack import pack
 from explora.data.shards.parts import LISTED
 from explora.data.shards.writer import encode, to_line
-from explora.errors import DataError
+from explora.errors import DataError, RunError
 
 SEVERAL = 20_000
 """Bytes of a shard that make several of the images here."""
@@ -378,3 +378,21 @@ def test_what_a_recipe_knows_to_be_faulty_is_left_out_with_its_reason(root: Path
         ("x.jpg", "absent, but listed"),
     ]
     assert to_line(faulty, 1, 1) != to_line(airports[1], 1, 1), "a packing with the fault does not go on without it"
+
+
+def test_sets_of_one_name_are_told_apart(root: Path, tmp_path: Path) -> None:
+    listing = folder.samples(root)
+    samples = list(listing.samples)
+    few = pack(Listing(listing.classes, samples[:2]), tmp_path / "a" / "test", name="test")
+    many = pack(Listing(listing.classes, samples[:7]), tmp_path / "b" / "test", name="test")
+    found = pack(listing, tmp_path / "out", name="x", against=[many, few]).manifest.overlaps
+    assert found == {f"test ({many.folder})": 7, f"test ({few.folder})": 2}
+
+
+def test_a_place_too_long_for_workers_to_meet_in(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr("explora.data.shards.crew._pool", fails)
+    with pytest.raises(RunError, match=r"TMPDIR is too long.*set it to a shorter one"):
+        packed(root, tmp_path / "out", workers=2)

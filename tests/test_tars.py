@@ -7,6 +7,8 @@ import io
 import json
 import os
 import random
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 from collections.abc import Callable
@@ -344,3 +346,20 @@ def test_verb(tmp_path: Path, explora_command: Callable[..., Any]) -> None:
     assert (shards.name, shards.classes) == ("lakes", ["wet", "dry"])
     assert explora_command("verify", tmp_path / "lakes").code == 0
     assert "no such folder" in explora_command("index", tmp_path / "absent").err
+
+
+def test_two_do_not_index_at_once(tars: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tars"
+    shutil.copytree(tars, folder)
+    holds = (
+        "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    words = [sys.executable, "-c", holds, str(folder / ".index.lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(DataError, match="another process indexes these tars"):
+            adopt(folder, name="x")
+        other.communicate("\n")
+    assert len(adopt(folder, name="x"))
+    assert not (folder / ".index.lock").exists()

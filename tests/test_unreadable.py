@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
 import shutil
 from contextlib import nullcontext
@@ -19,7 +21,7 @@ from test_ranks import on_ranks
 from explora.data import Key, ShardSet, Stream
 from explora.data.order import Epochs, Order
 from explora.engine import Outcome
-from explora.errors import DataError
+from explora.errors import DataError, RunError
 
 BROKEN = (3, 4, 17)
 BATCH = 8
@@ -129,3 +131,18 @@ def test_ranks_count_and_name_together(tmp_path: Path, damaged: Path) -> None:
     assert first[0] == met(30, BROKEN, STEPS * BATCH)
     assert sorted(first[1]) == sorted(ShardSet.open(damaged).where(number) for number in BROKEN)
     assert rows(tmp_path / "run") == [met(30, BROKEN, BATCH * (step + 1)) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_stands_in_where_the_disk_fails(
+    shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Another image would make a run that was disturbed differ from one that was not."""
+
+    def fails(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    stream = Stream(ShardSet.open(shards["train"]), VIEWS, batch_size=BATCH, seed=0, workers=workers)
+    monkeypatch.setattr("explora.data.shards.index.os.pread", fails)
+    with pytest.raises(RunError, match=r"cannot be read: Input/output error; run the same command again$"):
+        next(stream.steps(1))

@@ -172,8 +172,8 @@ def _refuse_too_wide(shards: ShardSet, views: Views) -> None:
     widest = max((span / (b - a) for span, a, b in zip(spans, scaling.low, scaling.high, strict=False)), default=1.0)
     if len(spans) == len(stored) and 0 < widest * 255 < _LEVELS:
         raise DataError(
-            f"{shards.folder}: views.scaling leaves at most {widest * 255:.2g} of 255 levels between the 2nd and the 98th "
-            f"percentile of any band; is it in {pixels.unit}? Set it to sigma or percentiles, or give other numbers"
+            f"{shards.folder}: views.scaling leaves at most {widest * 255:.2g} of 255 levels between the 2nd and "
+            f"the 98th percentile of any band; is it in {pixels.unit}? Set it to sigma, percentiles or other numbers"
         )
 
 

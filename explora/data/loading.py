@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from explora.data.intake import Intake
 from explora.data.mixture import Mixture
 from explora.data.views import Key, Views
-from explora.errors import DataError
+from explora.errors import DataError, ExploraError
 
 
 class Task(NamedTuple):
@@ -89,16 +89,16 @@ class Batches(Dataset):
     """Makes the micro-batch of a task.
 
     Args:
-        read: the image for a key; a `DataError` ends the run.
+        read: the image for a key; what it raises ends the run.
     """
 
     def __init__(self, read: Callable[[Key], Read], views: Views) -> None:
         self._read, self._views = read, views
 
-    def __getitem__(self, task: Task) -> Made | DataError:
+    def __getitem__(self, task: Task) -> Made | ExploraError:
         try:
             read = [self._read(key) for key in task.keys]
-        except DataError as error:
+        except ExploraError as error:
             # Handed over as a value: raised in a worker, its message would be buried in a traceback.
             return error
         batch = stacked([self._views.sample(one.image, key) for one, key in zip(read, task.keys, strict=True)])
@@ -118,7 +118,8 @@ def load(batches: Batches, tasks: Iterable[Task], workers: int) -> Iterator[Made
     """What each task asks for, in the order of the tasks.
 
     Raises:
-        DataError: an image cannot be read, nor can those that may stand in for it.
+        DataError: an image is damaged, and so are those that may stand in for it.
+        RunError: a shard cannot be read.
     """
     loader: DataLoader = DataLoader(
         batches,
@@ -131,7 +132,7 @@ def load(batches: Batches, tasks: Iterable[Task], workers: int) -> Iterator[Made
         generator=torch.Generator(),
     )
     for made in loader:
-        if isinstance(made, DataError):
+        if isinstance(made, ExploraError):
             raise made
         yield made
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from explora.bands import PHOTOGRAPH, Pixels
 from explora.data.decode import decode
-from explora.data.shards.crew import Count, Progress, work
+from explora.data.shards.crew import Count, Progress, locked, work
 from explora.data.shards.index import ShardSet
 from explora.data.shards.listing import Listing
 from explora.data.shards.manifest import INDEX, MANIFEST, ROW, Skipped, digest, listed
@@ -66,22 +66,44 @@ def adopt(
     """
     folder = Path(folder)
     paths = _tars(folder)
-    names = list(classes) if classes is not None else _classes_beside(folder)
-    tasks = [_Task(path, pixels, MAX_CLASSES if names is None else len(names)) for path in paths]
-    found = work(_read, tasks, workers, progress=progress)
-    parts = [one for one in found if isinstance(one, Part)]
-    if faults := [one for one in found if isinstance(one, DataError)]:
-        raise DataError(f"{folder}: {len(faults)} fault(s){listed(faults)}")
-    if not any(len(part.rows) for part in parts):
-        shown = "".join(f"\n  {item.path}: {item.reason}" for part in parts for item in part.skipped[:1])
-        raise DataError(f"{folder}: no image in {len(paths)} tar(s) is usable{shown[:2000]}")
-    if names is None:
-        last = max(int(part.rows["label"].max(initial=-1)) for part in parts)
-        names = [str(label) for label in range(last + 1)] or None
-    _bind(folder, parts, Listing(names, (), pixels), name)
+    with _held(folder):
+        names = list(classes) if classes is not None else _classes_beside(folder)
+        tasks = [_Task(path, pixels, MAX_CLASSES if names is None else len(names)) for path in paths]
+        found = work(_read, tasks, workers, progress=progress)
+        parts = [one for one in found if isinstance(one, Part)]
+        if faults := [one for one in found if isinstance(one, DataError)]:
+            raise DataError(f"{folder}: {len(faults)} fault(s){listed(faults)}")
+        if not any(len(part.rows) for part in parts):
+            shown = "".join(f"\n  {item.path}: {item.reason}" for part in parts for item in part.skipped[:1])
+            raise DataError(f"{folder}: no image in {len(paths)} tar(s) is usable{shown[:2000]}")
+        if names is None:
+            last = max(int(part.rows["label"].max(initial=-1)) for part in parts)
+            names = [str(label) for label in range(last + 1)] or None
+        _bind(folder, parts, Listing(names, (), pixels), name)
     shards = ShardSet.open(folder)
     announce(shards)
     return shards
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the folder against another process that indexes it.
+
+    Raises:
+        DataError: one does, or has just done so; the folder cannot be written.
+    """
+    lock = folder / ".index.lock"
+    try:
+        file = lock.open("ab")
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error.strerror}") from None
+    with file:
+        if not locked(file) or (folder / MANIFEST).exists():
+            raise DataError(f"{folder}: another process indexes these tars, or has done so")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _bind(folder: Path, parts: list[Part], listing: Listing, name: str) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -50,7 +51,7 @@ def work(
         done: images that were done before.
 
     Raises:
-        RunError: a process was killed, as by a system that is short of memory.
+        RunError: a process was killed, as by a system that is short of memory, or TMPDIR is too long a path.
     """
     count = min(len(os.sched_getaffinity(0)) if workers is None else workers, len(tasks))
     report = progress or _nobody
@@ -67,6 +68,13 @@ def work(
                 for future in finished:
                     future.result()
             return [future.result() for future in futures]
+    except OSError as error:
+        if "AF_UNIX path too long" not in str(error):
+            raise
+        raise RunError(
+            f"TMPDIR is too long a path for processes to meet in ({tempfile.gettempdir()}); set it to a shorter one, "
+            "such as /tmp, or workers to 0"
+        ) from None
     except BrokenProcessPool:
         raise RunError(
             "one of the worker processes was killed, perhaps for want of memory: run the same command again with fewer "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import tarfile
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -28,7 +29,7 @@ from explora.data.shards.manifest import (
     read_manifest,
 )
 from explora.data.tars import Sample, samples
-from explora.errors import DataError
+from explora.errors import DataError, RunError
 
 OPEN: Final = 256
 """Tar files that a set holds open at a time, at most."""
@@ -50,7 +51,8 @@ class ShardSet:
         self.manifest = manifest
         # A view that is no `memmap` any more: its rows come several times as fast.
         self.index = index.view(np.ndarray)
-        self._tar = lru_cache(OPEN)(_opener(folder, manifest))
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._tar = lru_cache(min(OPEN, files // 8))(_opener(folder, manifest))
 
     @classmethod
     def open(cls, folder: str | Path) -> ShardSet:
@@ -126,7 +128,8 @@ class ShardSet:
         """The stored bytes of image `index`, as they were in the packed file.
 
         Raises:
-            DataError: the shard cannot be read, or is not the one that was packed.
+            DataError: the shard is not the one that was packed.
+            RunError: it cannot be read.
         """
         return self._made(index, lambda blob: blob)
 
@@ -138,6 +141,7 @@ class ShardSet:
 
         Raises:
             DataError: names the shard, the place in it and the reason.
+            RunError: the shard cannot be read.
         """
         return self._made(index, lambda blob: decode(blob, self.pixels, least=least))
 
@@ -181,7 +185,10 @@ class ShardSet:
             tar = self._tar(number)
             blob = os.pread(tar.descriptor, size, offset)
         except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}") from None
+            # The disk's or the process's fault, not the image's: another one must not stand in for it.
+            raise RunError(
+                f"{self.where(index)}: cannot be read: {error.strerror}; run the same command again"
+            ) from None
         if len(blob) != size:
             raise DataError("the file ends too early")
         return blob

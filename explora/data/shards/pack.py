@@ -121,6 +121,8 @@ def _held(folder: Path, out: Path) -> Iterator[None]:
                 raise DataError(f"{out}: another process is packing into it ({holder}); wait for it")
         except OSError:
             logger.warning("%s: this file system has no locks; make sure that nothing else packs here", folder)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / ".lock")):
+            raise DataError(f"{out}: another process has just ended packing into it; run the same command again")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}".encode())
         file.flush()

@@ -116,7 +116,9 @@ def bind(
         skipped=whole.skipped,
         left_out=whole.missing,
         duplicates=len(digests) - len(np.unique(digests)),
-        overlaps={other.name: int(among(digests, other.index["digest"]).sum()) for other in against},
+        overlaps={
+            called: int(among(digests, other.index["digest"]).sum()) for called, other in _told_apart(against).items()
+        },
     )
     write_manifest(folder, manifest)
 
@@ -150,6 +152,12 @@ def with_statistics(pixels: Pixels, tally: Tally) -> Pixels:
     )
 
 
+def _told_apart(sets: Sequence[ShardSet]) -> dict[str, ShardSet]:
+    """Sets by their names, with their folders where one name is not enough."""
+    names = [one.name for one in sets]
+    return {one.name if names.count(one.name) == 1 else f"{one.name} ({one.folder})": one for one in sets}
+
+
 def announce(shards: ShardSet, against: Sequence[ShardSet] = ()) -> None:
     """Log what came of it: what was left out, and what is in other sets, too."""
     missing = shards.manifest.left_out
@@ -157,8 +165,8 @@ def announce(shards: ShardSet, against: Sequence[ShardSet] = ()) -> None:
         logger.warning("skipped %s: %s", skipped.path, skipped.reason)
     if missing > SHOWN:
         logger.warning("... and %d more; the manifest says why", missing - SHOWN)
-    for other in against:
-        if shards.manifest.overlaps[other.name]:
+    for called, other in _told_apart(against).items():
+        if shards.manifest.overlaps[called]:
             are, names = _some(shards, overlap(shards, other))
             logger.warning("%s also in %s (%s): %s", are, other.folder, other.name, names)
     if shards.manifest.duplicates:
