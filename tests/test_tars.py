@@ -348,18 +348,15 @@ def test_verb(tmp_path: Path, explora_command: Callable[..., Any]) -> None:
     assert "no such folder" in explora_command("index", tmp_path / "absent").err
 
 
-def test_two_do_not_index_at_once(tars: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "tars"
-    shutil.copytree(tars, folder)
-    holds = (
-        "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-    )
-    words = [sys.executable, "-c", holds, str(folder / ".index.lock")]
+def test_two_do_not_index_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", sample("one", 0))
+    holds = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, 2); print(1, flush=True); input()"
+    words = [sys.executable, "-c", holds, str(tmp_path / ".index.lock")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(DataError, match="another process indexes these tars"):
-            adopt(folder, name="x")
+            adopt(tmp_path, name="x")
         other.communicate("\n")
-    assert len(adopt(folder, name="x"))
-    assert not (folder / ".index.lock").exists()
+    assert len(adopt(tmp_path, name="x")) == 1
+    assert not (tmp_path / ".index.lock").exists()
