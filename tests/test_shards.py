@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +20,9 @@ import webdataset
 from PIL import Image
 
 from data_shards import folder
+from explora.bands import Band, Pixels, Statistics
 from explora.data import Listing, RawSample, ShardSet, decode, pack
-from explora.data.shards.manifest import ROW
+from explora.data.shards.manifest import ROW, fingerprint
 from explora.errors import DataError
 
 SHARED = Path(os.environ.get("EXPLORA_SHARED", "../shared"))
@@ -442,3 +444,14 @@ def test_real_images(tmp_path: Path) -> None:
     assert len(shards) == 100
     assert shards.image(0).shape == (64, 64, 3)
     assert np.bincount(shards.labels).tolist() == [10] * 10
+
+
+def test_the_fingerprint_is_what_the_docs_say() -> None:
+    """The worked example of docs/data.md, put together by hand."""
+    text = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
+    example = next(line for line in text.splitlines() if line.startswith('[["crop", "water"], '))
+    nir = Band(name="B08", gsd=10, statistics=Statistics(mean=1, std=1, p1=0, p2=0, p98=2, p99=2))
+    pixels = Pixels(bands=(nir,), dtype="uint16", unit="reflectance", scale=1e-4)
+    images = b"".join(struct.pack("<iQ", label, digest) for label, digest in ((0, 5), (1, 2**64 - 1)))
+    labelled = [(np.array([0, 1]), np.array([5, 2**64 - 1], np.uint64))]
+    assert fingerprint(["crop", "water"], pixels, labelled) == hashlib.sha256(example.encode() + images).hexdigest()
