@@ -43,14 +43,14 @@ def synthetic(folder: Path, images: int) -> None:
     shards = []
     for start in range(0, images, SHARD):
         count = min(SHARD, images - start)
-        shard = ShardFile(file=f"shard-{start // SHARD:06d}.tar", samples=count, bytes=count * IMAGE, sha256="")
+        shard = ShardFile(file=f"shard-{start // SHARD:06d}.tar", samples=count, bytes=count * IMAGE, sha256="0" * 64)
         with (folder / shard.file).open("wb") as file:
             file.truncate(shard.bytes)
         shards.append(shard)
     classes = [f"class {number}" for number in range(62)]
     size = sum(shard.bytes for shard in shards)
     manifest = Manifest(
-        name="synthetic", samples=images, bytes=size, classes=classes, shards=shards, fingerprint=f"{images}"
+        name="synthetic", samples=images, bytes=size, classes=classes, shards=shards, fingerprint=f"{images:064d}"
     )
     write_manifest(folder, manifest)
 
