@@ -50,7 +50,13 @@ def synthetic(folder: Path, images: int) -> None:
     classes = [f"class {number}" for number in range(62)]
     size = sum(shard.bytes for shard in shards)
     manifest = Manifest(
-        name="synthetic", samples=images, bytes=size, classes=classes, shards=shards, fingerprint=f"{images:064d}"
+        name="synthetic",
+        samples=images,
+        bytes=size,
+        classes=classes,
+        shards=shards,
+        fingerprint=f"{images:064d}",
+        index_sha256="0" * 64,
     )
     write_manifest(folder, manifest)
 

@@ -27,6 +27,7 @@ class Pixels(ShardSet):
             classes=[f"class {number}" for number in range(classes)] or None,
             shards=[ShardFile(file="shard.tar", samples=n, bytes=1, sha256="")],
             fingerprint=f"{name} of {n}",
+            index_sha256="",
         )
         super().__init__(Path("/nowhere") / name, manifest, index)
         self.broken = broken

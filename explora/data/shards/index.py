@@ -235,8 +235,6 @@ class ShardSet:
             raise DataError(f"{self.folder}: damaged, {len(faults)} fault(s); {self.manifest.again}{listed(faults)}")
 
     def _reindexed(self) -> bool:
-        if self.manifest.index_sha256 is None:
-            return False
         try:
             with (self.folder / INDEX).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest() != self.manifest.index_sha256

@@ -86,8 +86,8 @@ class Manifest(Config):
     """The tar files in order."""
     fingerprint: str
     """See `fingerprint`."""
-    index_sha256: str | None = None
-    """Digest of `index.npy`; sets that were packed before it was recorded have none."""
+    index_sha256: str
+    """Digest of `index.npy`."""
     skipped: list[Skipped] = Field(default_factory=list)
     """Inputs that were left out, the first 10,000."""
     left_out: int = Field(0, ge=0)
@@ -163,7 +163,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path}: damaged: {error}; {_UNKNOWN}") from None
     digests = [manifest.fingerprint, manifest.index_sha256, *(shard.sha256 for shard in manifest.shards)]
     for digest in digests:
-        if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
+        if not re.fullmatch("[0-9a-f]{64}", digest):
             raise DataError(f"{path}: damaged: {digest[:80]!a} is no sha256; {_UNKNOWN}")
     return manifest
 

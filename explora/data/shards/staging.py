@@ -133,7 +133,7 @@ def _check_room(folder: Path, place: Path, missing: list[ShardFile]) -> None:
         logger.info("%s: copying %d files of %s, %s", place, len(missing), folder, _mib(need))
 
 
-def _copied(folder: Path, place: Path, manifest: Manifest, name: str, sha256: str | None) -> Iterator[int]:
+def _copied(folder: Path, place: Path, manifest: Manifest, name: str, sha256: str) -> Iterator[int]:
     """Copy one file, all or nothing, telling the bytes of each piece.
 
     Raises:
@@ -149,7 +149,7 @@ def _copied(folder: Path, place: Path, manifest: Manifest, name: str, sha256: st
                 yield len(chunk)
             file.flush()
             os.fsync(file.fileno())
-        if sha256 not in (None, whole.hexdigest()):
+        if sha256 != whole.hexdigest():
             raise DataError(f"{folder / name}: damaged: its content is not what the manifest says; {manifest.again}")
         temporary.replace(place / name)
     finally:
