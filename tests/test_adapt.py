@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from explora.adapt import ExPLoRA, Frozen, Full, LoRA, Method, adapt, lora
 from explora.adapt.lora import LoRALinear
+from explora.adapt.places import Place
 from explora.config import load
 from explora.engine.optim import OptimConfig, Optimizer
 from explora.errors import ConfigError
@@ -203,7 +204,7 @@ def test_any_module_with_timms_blocks_takes_low_rank_terms():
 def test_a_fused_layer_is_a_plain_product_plus_one_term_a_slice(parts):
     torch.manual_seed(0)
     base = nn.Linear(6, 15, dtype=torch.float64)
-    layer = LoRALinear(base, parts, pieces=3, rank=2, scale=0.7)
+    layer = LoRALinear(Place("qkv", base, parts, 3), rank=2, scale=0.7)
     nn.init.normal_(layer.lora_b)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     a = [part.detach().clone().requires_grad_() for part in layer.lora_a.chunk(len(parts))]
@@ -229,7 +230,7 @@ def test_a_fused_layer_is_a_plain_product_plus_one_term_a_slice(parts):
 
 def test_first_factor_is_kaiming_uniform_of_each_slice():
     torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(300, 900), (0, 2), pieces=3, rank=64, scale=1.0)
+    layer = LoRALinear(Place("qkv", nn.Linear(300, 900), (0, 2), 3), rank=64, scale=1.0)
     bound = (1 / 300) ** 0.5  # kaiming_uniform with a = sqrt(5)
     for part in layer.lora_a.detach().chunk(2):
         assert part.abs().max() <= bound

@@ -26,7 +26,7 @@ FLOORS = {
     "explora.cli": 8,
     "explora.stages": 7,
     "explora.engine": 6,
-    **dict.fromkeys(["explora.objectives", "explora.evaluation"], 5),
+    **dict.fromkeys(["explora.objectives", "explora.evaluation", "explora.incremental"], 5),
     **dict.fromkeys(["explora.adapt", "explora.data", "explora.distributed", "explora.reporting"], 4),
     "explora.models": 3,
     **dict.fromkeys(["explora.runs", "explora.config", "explora.schedules", "explora.bands"], 2),

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from explora.config import Config
 from explora.errors import ConfigError
 from explora.models.vit import ViT
+from explora.schedules import Progress
+
+Moments = Mapping[Any, Mapping[str, Any]]
+"""What an optimizer remembers of each parameter."""
 
 
 class Method(Config, abc.ABC):
-    """How a backbone may change. Subclasses set `name: Literal[...]`, by which a config picks them."""
+    """How a backbone may change. Subclasses set `name: Literal[...]`, by which a config picks them.
+
+    The first four methods are the contract of all; the others are for methods with gates.
+    """
+
+    whole: ClassVar[bool] = False
+    """Whether every rank must hold all that learns: such a method runs under ddp, not in shards."""
+    reaches_patches: ClassVar[bool] = True
+    """Whether patch tokens change, not the class token alone."""
 
     def modify(self, vit: ViT) -> None:
         """Change the structure in place; outputs stay what they were."""
@@ -24,10 +39,36 @@ class Method(Config, abc.ABC):
     def merge(self, vit: ViT) -> None:
         """Bring an adapted model back to the plain architecture, in place, with the same outputs."""
 
+    def strip(self, vit: ViT) -> None:
+        """Take off again what `modify` put on, in place; parameters that were there before stay the same objects."""
+
     @property
     def scale(self) -> float | None:
-        """alpha / rank for methods that have it."""
+        """Factor on the low-rank terms, for methods that have it."""
         return None
+
+    def lr(self, name: str) -> float | None:
+        """The peak rate of a parameter that must have one of its own; `optim.rules` go before it."""
+        return None
+
+    def decays(self, name: str) -> bool:
+        """Whether weight decay may act on a parameter."""
+        return True
+
+    def penalty(self, vit: ViT, progress: Progress) -> Tensor | None:
+        """What is added to the loss of each step beside the objective's, a scalar."""
+        return None
+
+    def after_step(self, vit: ViT, moments: Moments, progress: Progress) -> None:
+        """What follows an optimizer step on the backbone, and, without moments, on its EMA teacher."""
+
+    def health(self, vit: ViT) -> dict[str, float]:
+        """Numbers for the log."""
+        return {}
+
+    def settle(self, vit: ViT) -> Method:
+        """Drop in place what training has closed, with the same outputs; returns the method that describes the rest."""
+        return self
 
 
 def adapt(vit: ViT, method: Method) -> list[str]:
@@ -37,12 +78,46 @@ def adapt(vit: ViT, method: Method) -> list[str]:
         The names of the parameters that learn, in the model's order.
 
     Raises:
-        ConfigError: the method picks a block that the model does not have.
+        ConfigError: the method does not fit the model.
     """
     method.modify(vit)
     for name, parameter in vit.named_parameters():
         parameter.requires_grad_(method.trains(name, vit))
     return [name for name, parameter in vit.named_parameters() if parameter.requires_grad]
+
+
+def snapshot(vit: ViT) -> dict[str, Tensor]:
+    """Copies of all that learns, by name."""
+    return {name: p.detach().clone() for name, p in vit.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore(vit: ViT, values: Mapping[str, Tensor]) -> None:
+    """Put values back that `snapshot` took."""
+    for name, value in values.items():
+        vit.get_parameter(name).copy_(value)
+
+
+@torch.no_grad()
+def unplug(vit: ViT, method: Method, start: Mapping[str, Tensor] | None = None) -> None:
+    """Take a method off again, in place, after any training: the source model, bit for bit.
+
+    Args:
+        start: what `snapshot` gave before training, for methods that train the source's own parameters.
+
+    Raises:
+        ConfigError: such a method, and nobody kept the source's values; the model is stripped by then.
+    """
+    kept = {id(vit.get_parameter(name)): value for name, value in (start or {}).items()}
+    method.strip(vit)
+    for name, parameter in vit.named_parameters():
+        if parameter.requires_grad:
+            if id(parameter) not in kept:
+                raise ConfigError(
+                    f"adapt: '{method.name}' has trained {name} itself; give unplug what "  # type: ignore[attr-defined]
+                    "explora.adapt.snapshot gave before training, or load the source weights again"
+                )
+            parameter.copy_(kept[id(parameter)])
 
 
 def resolve_blocks(blocks: tuple[int, ...], depth: int) -> frozenset[int]:
@@ -66,9 +141,3 @@ def block_of(name: str) -> int | None:
 def is_norm(name: str) -> bool:
     """Whether a parameter belongs to a LayerNorm (`norm1`, `norm2`, `norm`, `q_norm`, ...)."""
     return any("norm" in part for part in name.split("."))
-
-
-def replace(vit: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the dotted place `name`."""
-    parent, _, last = name.rpartition(".")
-    setattr(vit.get_submodule(parent), last, module)

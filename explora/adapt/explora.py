@@ -8,6 +8,7 @@ from pydantic import Field
 
 from explora.adapt import lora
 from explora.adapt.base import Method, block_of, is_norm, resolve_blocks
+from explora.adapt.places import Target
 from explora.models.vit import ViT
 
 
@@ -25,7 +26,7 @@ class ExPLoRA(Method):
     """Rank r of the low-rank terms in the other blocks."""
     alpha: float = Field(1.0, gt=0)
     """Scale of the low-rank terms; what counts is alpha / rank."""
-    targets: tuple[lora.Target, ...] = ("q", "v")
+    targets: tuple[Target, ...] = ("q", "v")
     """Linear maps that get a low-rank term; an empty list trains U and the norms alone."""
     norms: bool = True
     """Whether all norms learn."""
@@ -54,3 +55,6 @@ class ExPLoRA(Method):
 
     def merge(self, vit: ViT) -> None:
         lora.merge(vit)
+
+    def strip(self, vit: ViT) -> None:
+        lora.strip(vit)

@@ -162,7 +162,7 @@ class Training:
                     if seen:
                         bar.unpause()  # its pace and remaining time are those of training alone
                     if seen or self._due(self.config.log_every):
-                        self._log({**agreed.row, **self.objective.health(), **seen})
+                        self._log({**agreed.row, **self.objective.numbers(), **seen})
                     self._keep(agreed, saver)
             alive()
             saver.wait()
@@ -196,12 +196,13 @@ class Training:
                 totals[name] = totals.get(name, 0) + part
         flags = [*asked.flags(), float(saver.failed), float(len(step.unreadable))]
         totals, everyones = _summed(totals, flags)
+        totals |= self.objective.regularise(self.progress)
         norm = self.optimizer.step(self.progress, totals["loss"])
         if norm is None:
             self._skip(step)
         else:
             self._in_a_row = 0
-            self.objective.after_step(self.progress)
+            self.objective.finish(self.optimizer.adamw.state, self.progress)
         *signals, failed, unreadable = flags if everyones is None else everyones.tolist()
         if unreadable:
             self._name(int(unreadable), step)

@@ -158,9 +158,11 @@ def parameter_groups(config: OptimConfig, objective: Objective, batch: int) -> d
         raise ConfigError(f"optim.rules: no trained parameter matches {unused}; trained are {_families(named)}")
     groups: dict[Group, list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        lr = next((rule.lr for rule in config.rules if re.search(rule.match, name)), config.lr)
+        lr = next((rule.lr for rule in config.rules if re.search(rule.match, name)), objective.method.lr(name))
+        lr = config.lr if lr is None else lr
         peak = config.peak(lr, batch) * config.layer_decay ** _layers_above(name, objective.backbone.depth)
-        groups.setdefault(Group(peak, _decays(name, parameter), objective.role(name)), []).append(parameter)
+        decays = _decays(name, parameter) and objective.method.decays(name)
+        groups.setdefault(Group(peak, decays, objective.role(name)), []).append(parameter)
     return groups
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from explora.errors import WeightsError
+from explora.models.additions import added
 from explora.models.formats import own
 from explora.models.vit import ViT
 from explora.models.weights import METADATA_KEY, fingerprint, read_tensors
@@ -41,11 +42,10 @@ def save_backbone(path: Path, vit: ViT) -> Path:
     Raises:
         WeightsError: the adapter has not been merged.
     """
-    tensors = vit.state_dict()
-    adapted = [name for name in tensors if name.endswith(("lora_a", "lora_b"))]
+    adapted = added(vit, lasting=False)
     if adapted:
-        raise WeightsError(f"merge the adapter before saving a backbone: it still holds {adapted[0]}")
-    return save_tensors(path, tensors, facts_of(vit))
+        raise WeightsError(f"merge the adapter before saving a backbone: it still holds {min(adapted)}")
+    return save_tensors(path, vit.state_dict(), facts_of(vit))
 
 
 def save_adapter(path: Path, vit: ViT, learnt: list[str], method: Mapping[str, Any]) -> Path:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from explora.adapt import Frozen, Method
+from explora.adapt.base import Moments
 from explora.distributed import gather_counts
 from explora.models import ViT
 from explora.models.blocks import PackedBlock
@@ -40,6 +42,9 @@ class Objective(nn.Module, abc.ABC):
     inputs: frozenset[str]
     """The views a batch must hold."""
 
+    method: Method = Frozen()
+    """How the backbone was adapted; some methods have a word in every step."""
+
     @property
     @abc.abstractmethod
     def backbone(self) -> ViT:
@@ -66,9 +71,36 @@ class Objective(nn.Module, abc.ABC):
     def after_step(self, progress: Progress) -> None:
         """What follows an optimizer step."""
 
+    def regularise(self, progress: Progress) -> dict[str, Tensor]:
+        """Add the gradient of the method's penalty to those of the step; every rank alike, when all have the sums.
+
+        Returns:
+            The penalty for the log; nothing where the method has none.
+        """
+        penalty = self.method.penalty(self.backbone, progress)
+        if penalty is None:
+            return {}
+        learning = [p for p in self.backbone.parameters() if p.requires_grad]
+        for p, gradient in zip(learning, torch.autograd.grad(penalty, learning, allow_unused=True), strict=True):
+            # Where nothing reached a parameter yet, as while heads learn alone, the penalty does not either.
+            if gradient is not None and p.grad is not None:
+                p.grad += gradient
+        return {"penalty": penalty.detach()}
+
+    def finish(self, moments: Moments, progress: Progress) -> None:
+        """All that follows an optimizer step: the objective's own `after_step`, then the method's."""
+        self.after_step(progress)
+        self.method.after_step(self.backbone, moments, progress)
+        if self.result is not self.backbone:
+            self.method.after_step(self.result, {}, progress)
+
     def health(self) -> dict[str, float]:
         """Numbers about the last step that are no sums over its parts; every rank must ask. Waits for the device."""
         return {}
+
+    def numbers(self) -> dict[str, float]:
+        """`health` and what the method has to say."""
+        return self.health() | self.method.health(self.backbone)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """What this objective makes of a batch, each (B, C, H, W), normalised as the batch is; often nothing."""

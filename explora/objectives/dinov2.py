@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from explora.distributed import gather_counts, rank
 from explora.models import Tokens, ViT
+from explora.models.additions import added
 from explora.objectives import centring, koleo, losses
 from explora.objectives.base import Batch, Objective, StepOutput
 from explora.objectives.dinov2_config import DINOv2Config, HeadConfig
@@ -113,10 +114,11 @@ class DINOv2(Objective):
         return 1.0
 
     def base(self) -> dict[str, Tensor]:
-        """The frozen base and what the anchor has of its own, but for low-rank factors, which do nothing in it."""
+        """The frozen base and what the anchor has of its own, but for what a method added, which does nothing in it."""
         if self.anchor is None:
             return self.frozen()
-        own = ((name, p) for name, p in self.anchor.named_parameters() if "lora_" not in name)
+        additions = added(self.anchor)
+        own = ((name, p) for name, p in self.anchor.named_parameters() if name not in additions)
         return {**self.frozen(), **{f"anchor.{name}": p for name, p in own}}
 
     def learnt(self) -> dict[str, Tensor]:

@@ -87,4 +87,6 @@ def build(section: FinetuneSection, source: Loaded, classes: int) -> Supervised:
     vit = source.vit
     expects(vit, section.views)
     adapt(vit, section.adapt)
-    return Supervised(section.objective, vit, classes)
+    objective = Supervised(section.objective, vit, classes)
+    objective.method = section.adapt
+    return objective

@@ -125,11 +125,17 @@ def build(section: PretrainSection, source: Loaded) -> Objective:
             f"adapt.patch_embed: the weights have no patch embedding for these bands, so {random[0]} and others begin "
             "anew and must learn; set it to true"
         )
+    objective = _around(section, source)
+    objective.method = section.adapt
+    return objective
+
+
+def _around(section: PretrainSection, source: Loaded) -> Objective:
     if isinstance(section.objective, MAEConfig):
-        return MAE(section.objective, vit, source.decoder, source.decoder_heads)
-    if vit.groups > 1:
+        return MAE(section.objective, source.vit, source.decoder, source.decoder_heads)
+    if source.vit.groups > 1:
         raise ConfigError("objective.name: 'dinov2' masks whole patches, not channel groups; use 'mae' with them")
-    return DINOv2(section.objective, vit, section.batch_size, section.images_at_once)
+    return DINOv2(section.objective, source.vit, section.batch_size, section.images_at_once)
 
 
 def _monitor(

@@ -9,6 +9,7 @@ import torch
 
 from explora.adapt import Method
 from explora.distributed import gathered, on_first, rank
+from explora.models.additions import added
 from explora.models.export import save_adapter, save_backbone
 from explora.objectives import Objective
 
@@ -42,7 +43,10 @@ class Result:
         folder.mkdir(exist_ok=True)
         for name, tensor in learnt.items():
             self._plain.get_parameter(name).copy_(tensor)
-        save_adapter(folder / "adapter.safetensors", self._plain, self._adapts, self._method.model_dump(mode="json"))
-        merged = copy.deepcopy(self._plain)
-        self._method.merge(merged)
-        save_backbone(folder / "backbone.safetensors", merged)
+        vit = copy.deepcopy(self._plain)
+        method = self._method.settle(vit)
+        left = added(vit) | set(self._adapts)
+        learnt_names = [name for name in vit.state_dict() if name in left]
+        save_adapter(folder / "adapter.safetensors", vit, learnt_names, method.model_dump(mode="json"))
+        method.merge(vit)
+        save_backbone(folder / "backbone.safetensors", vit)

@@ -8,15 +8,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from explora import config as configs
 from explora.distributed import Parallel, choose, device_of, joined, local_size, of_all, on_first, precision_on, size
 from explora.engine import LoopConfig, Monitor, Optimizer, Outcome, Seen, Training
-from explora.errors import RunError
+from explora.errors import ConfigError, RunError
 from explora.models import Account, ViT, fingerprint
+from explora.models.additions import added
 from explora.objectives import Objective
 from explora.runs import Run
 from explora.schedules import Progress
@@ -166,7 +167,8 @@ def _parallel(config: TrainingSection, objective: Objective) -> Parallel:
     _refuse_unlike({"loop.precision": precision})
     held = sizes(objective, config, precision)
     memories = [memory for memory in of_all(memory_of(device)) if memory is not None]
-    plan = choose(loop.parallel, loop.shard, held, min(memories, default=None), size(), min(of_all(local_size())))
+    wish = _whole(config) if config.adapt.whole and size() > 1 else loop.parallel
+    plan = choose(wish, loop.shard, held, min(memories, default=None), size(), min(of_all(local_size())))
     parallel = Parallel(
         objective,
         objective.roots,
@@ -181,6 +183,20 @@ def _parallel(config: TrainingSection, objective: Objective) -> Parallel:
         moved = " and ".join(f"{count / 2**20:.1f} MiB are {what}" for what, count in parallel.traffic.items())
         logger.info("%d ranks, %s: %s; in a step %s", size(), plan.mode, plan.why, moved)
     return parallel
+
+
+def _whole(config: TrainingSection) -> Literal["ddp"]:
+    """The layout of methods that need all that learns on every rank.
+
+    Raises:
+        ConfigError: the config asks for another.
+    """
+    if config.loop.parallel in ("fsdp", "hsdp"):
+        raise ConfigError(
+            f"loop.parallel: '{config.loop.parallel}', but adapt '{config.adapt.name}' needs all that learns whole on "
+            "every rank; take ddp or auto"
+        )
+    return "ddp"
 
 
 def _cost(progress: Progress, outcome: Outcome) -> dict[str, Any]:
@@ -218,9 +234,10 @@ def announce(vit: ViT, account: Account | None) -> None:
 def parameter_counts(objective: Objective) -> dict[str, int]:
     """Parameters of the backbone that train, all of them after merging, those of the heads, and all that learns."""
     named = list(objective.backbone.named_parameters())
+    merges = added(objective.backbone, lasting=False)
     return {
         "trained_parameters": sum(p.numel() for _, p in named if p.requires_grad),
-        "total_parameters": sum(p.numel() for name, p in named if "lora_" not in name),
+        "total_parameters": sum(p.numel() for name, p in named if name not in merges),
         "head_parameters": sum(p.numel() for head in objective.heads for p in head.parameters()),
         "learning_parameters": sum(p.numel() for p in objective.parameters() if p.requires_grad),
     }

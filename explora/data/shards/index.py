@@ -46,9 +46,10 @@ class ShardSet:
     Safe to fork, to pickle and to read from many threads: reads never move a file position, and a pickle holds no rows.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, index: np.ndarray) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, index: np.ndarray, rows: np.ndarray | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._rows = rows
         # A view that is no `memmap` any more: its rows come several times as fast.
         self.index = index.view(np.ndarray)
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -86,7 +87,9 @@ class ShardSet:
     @property
     def fingerprint(self) -> str:
         """Digest of class names, labels, images and what their pixels mean, the same for any shard size."""
-        return self.manifest.fingerprint
+        if self._rows is None:
+            return self.manifest.fingerprint
+        return hashlib.sha256(self.manifest.fingerprint.encode() + self._rows.tobytes()).hexdigest()
 
     @property
     def classes(self) -> list[str] | None:
@@ -123,6 +126,12 @@ class ShardSet:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def taking(self, rows: np.ndarray) -> ShardSet:
+        """Some of the images, by their numbers, in that order; labels stay those of all classes."""
+        assert self._rows is None, "taken already"
+        rows = np.asarray(rows, np.int64)
+        return ShardSet(self.folder, self.manifest, self.index[rows], rows)
 
     def read(self, index: int) -> bytes:
         """The stored bytes of image `index`, as they were in the packed file.
@@ -246,7 +255,12 @@ class ShardSet:
         self._tar.cache_clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSet.trusted, (self.folder,)
+        return _reopened, (self.folder, self._rows)
+
+
+def _reopened(folder: Path, rows: np.ndarray | None) -> ShardSet:
+    whole = ShardSet.trusted(folder)
+    return whole if rows is None else whole.taking(rows)
 
 
 def overlap(a: ShardSet, b: ShardSet) -> np.ndarray:

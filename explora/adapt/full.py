@@ -1,4 +1,4 @@
-"""The two ends of the scale: everything learns, or nothing does."""
+"""Full tuning: everything learns."""
 
 from __future__ import annotations
 
@@ -16,13 +16,3 @@ class Full(Method):
 
     def trains(self, name: str, vit: ViT) -> bool:
         return True
-
-
-class Frozen(Method):
-    """No parameter of the backbone learns; only what an objective adds to it, such as a head, does."""
-
-    name: Literal["frozen"] = "frozen"
-    """Picks this method."""
-
-    def trains(self, name: str, vit: ViT) -> bool:
-        return False
