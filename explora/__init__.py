@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from explora.models import load_backbone
     from explora.objectives import DINOv2, Supervised
     from explora.stages.check import check
+    from explora.stages.continual import continual
     from explora.stages.demo import demo
     from explora.stages.export import export
     from explora.stages.finetune import finetune
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "explora.stages.check": ("check",),
+    "explora.stages.continual": ("continual",),
     "explora.stages.demo": ("demo",),
     "explora.stages.export": ("export",),
     "explora.stages.finetune": ("finetune",),

@@ -110,6 +110,12 @@ def finetune(config: ConfigFile, overrides: Changes = None) -> None:
 
 
 @app.command()
+def continual(config: ConfigFile, overrides: Changes = None) -> None:
+    """Learn tasks of classes one after another, a module for each, and judge what is left of the earlier ones."""
+    explora.continual(config, overrides)
+
+
+@app.command()
 def probe(config: ConfigFile, overrides: Changes = None) -> None:
     """Judge backbones by linear probe, kNN and retention."""
     explora.probe(config, overrides)
@@ -126,7 +132,7 @@ def report(
 
 @app.command()
 def check(config: ConfigFile, overrides: Changes = None) -> None:
-    """Print what a config of run, pretrain, finetune or probe would do; trains nothing."""
+    """Print what a config of run, pretrain, finetune, continual or probe would do; trains nothing."""
     typer.echo(explora.check(config, overrides))
 
 

@@ -14,14 +14,15 @@ import explora
 from explora import config as configs
 from explora.config import Overrides
 from explora.errors import ConfigError
+from explora.stages.continual import ContinualConfig
 from explora.stages.finetune import FinetuneConfig
 from explora.stages.pipeline import STAGES, RunConfig
 from explora.stages.pretrain import PretrainConfig
 from explora.stages.probe import ProbeConfig
-from launch.profiles import TRAINING, Stage
+from launch.profiles import Stage
 from launch.records import Job
 
-AnyConfig: TypeAlias = RunConfig | PretrainConfig | FinetuneConfig | ProbeConfig
+AnyConfig: TypeAlias = RunConfig | PretrainConfig | FinetuneConfig | ContinualConfig | ProbeConfig
 _LONGEST = 120
 """Characters of a folder's name; longer ones are cut."""
 
@@ -121,7 +122,8 @@ def plan(source: str | Path | Mapping[str, Any], overrides: Overrides, sweep: Se
     names = [point.out for point in points]
     if len(set(names)) < len(names):
         raise ConfigError("--sweep: two of its runs would have the same folder; give every value and every key once")
-    return Chain(root, points, [stage for stage in STAGES if stage in stages], [line.strip() for line in missing])
+    order: tuple[Stage, ...] = (*STAGES, "continual")
+    return Chain(root, points, [stage for stage in order if stage in stages], [line.strip() for line in missing])
 
 
 def kind_of(raw: Mapping[str, Any]) -> type[AnyConfig]:
@@ -130,6 +132,8 @@ def kind_of(raw: Mapping[str, Any]) -> type[AnyConfig]:
         return ProbeConfig
     if "data" in raw or "pretrain" in raw:
         return RunConfig
+    if "tasks" in raw:
+        return ContinualConfig
     return FinetuneConfig if "train" in raw else PretrainConfig
 
 
@@ -139,6 +143,7 @@ def _stages(config: AnyConfig) -> tuple[Stage, ...]:
     alone: dict[type[AnyConfig], Stage] = {
         PretrainConfig: "pretrain",
         FinetuneConfig: "finetune",
+        ContinualConfig: "continual",
         ProbeConfig: "probe",
     }
     return (alone[type(config)],)
@@ -164,7 +169,9 @@ def _refuse_uneven(config: AnyConfig, ranks: int) -> None:
 def _sections(config: AnyConfig) -> Iterator[tuple[str, Any]]:
     """The training sections of a config, with the key that leads to them."""
     if isinstance(config, RunConfig):
-        yield from ((f"{stage}.", section) for stage in TRAINING if (section := getattr(config, stage)) is not None)
+        yield "pretrain.", config.pretrain
+        if config.finetune is not None:
+            yield "finetune.", config.finetune
     elif not isinstance(config, ProbeConfig):
         yield "", config
 

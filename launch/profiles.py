@@ -16,8 +16,8 @@ from explora.errors import ConfigError
 SHIPPED = Path(__file__).with_name("clusters.yaml")
 EARLY = 60
 """Seconds by which SLURM may send `--signal=...@t` too early (sbatch's manual)."""
-Stage: TypeAlias = Literal["pack", "pretrain", "finetune", "probe", "report"]
-TRAINING: tuple[Stage, ...] = ("pretrain", "finetune")
+Stage: TypeAlias = Literal["pack", "pretrain", "finetune", "continual", "probe", "report"]
+TRAINING: tuple[Stage, ...] = ("pretrain", "finetune", "continual")
 """Stages that use all nodes and tasks; the others are one task."""
 _OURS = {
     **{name: name for name in ("partition", "account", "qos", "constraint", "nodes")},

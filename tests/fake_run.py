@@ -75,7 +75,7 @@ def _stage(folder: Path, keys: tuple[str, ...], trained: int, rng: np.random.Gen
         "stage": folder.name, "model": "deit_tiny_patch16_224", "method": "explora", "objective": "dinov2",
         "trained_parameters": trained, "total_parameters": 5_717_416, "head_parameters": 1_234_567,
         "seconds": 412.3, "steps": 240, "images": 15_360, "images_per_second": 37.25, "skipped_steps": 1,
-        "alpha_over_rank": 1.0,
+        "low_rank_scale": 1.0,
         "trained": ["blocks.11.*", "*.lora_a", "*.lora_b", "*norm*"],
     }  # fmt: skip
     write_json(folder / "summary.json", summary)

@@ -65,7 +65,7 @@ def test_check_tells_and_trains_nothing(
     assert answer.code == 0, answer.err
     assert "effective peak lr     0.0005 (lr 0.001, rule sqrt1024)" in answer.out
     assert re.search(r"lora_ +0.001\n", answer.out)
-    assert "alpha / rank          0.25" in answer.out
+    assert "low-rank scale        0.25" in answer.out
     # 86,567,656 of ViT-B/16 without its head of 769,000, with the mask token of 768; see explora-method.md, 2.3
     trained = 7_087_872 + 11 * 2 * 64 * 2 * 768 + 11 * 2 * 2 * 768 + 2 * 768 + 768
     assert f"{trained:,} trained of {86_567_656 - 769_000 + 768:,}" in answer.out
@@ -75,7 +75,7 @@ def test_check_tells_and_trains_nothing(
         (tmp_path / f"{verb}.yaml").write_text(written(make(tmp_path / "out")))
         before = contents(tmp_path)
         answer = explora_command("check", tmp_path / f"{verb}.yaml")
-        assert "alpha / rank          4" in answer.out
+        assert "low-rank scale        4" in answer.out
         assert "ready to run" in answer.out
     assert contents(tmp_path) == before
 

@@ -34,7 +34,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "ia3": {},
     "diff_pruning": {},
     "apt": {"memories": 6},
-    "synqt": {"tokens": 2, "bottleneck": 4, "rank": 2},
+    "synqt": {"tokens": 2, "bottleneck": 4},
 }
 """A small setting of each; a new method needs its line here."""
 IN_PLACE = {"explora", "full", "last", "norms", "bias"}
@@ -75,7 +75,8 @@ def train(vit: ViT, method: Method, steps: int = 3) -> None:
     for step in range(steps):
         torch.manual_seed(step)
         tokens = vit([torch.randn(4, 3, 32, 32)])[0]
-        loss = (tokens.cls_BD - 1).square().mean() + (tokens.patches_BND - 1).square().mean()
+        # Half of the channels: over all of them, what the final norm puts out has a constant mean square.
+        loss = (tokens.cls_BD[:, :16] - 1).square().mean() + (tokens.patches_BND[..., :16] - 1).square().mean()
         progress = Progress(step, steps, 4, 100)
         penalty = method.penalty(vit, progress)
         (loss if penalty is None else loss + penalty).backward()
@@ -94,9 +95,7 @@ def test_nothing_changes_at_the_start(name):
     vit = tiny()
     before = outputs(vit)
     adapt(vit, made(name))
-    assert torch.equal(outputs(vit)[:, 1:], before[:, 1:])
-    if name != "synqt":  # its class token is another one by design
-        assert torch.equal(outputs(vit), before)
+    assert torch.equal(outputs(vit), before)
 
 
 @pytest.mark.parametrize("name", METHODS)

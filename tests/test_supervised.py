@@ -105,6 +105,39 @@ def test_mixing_is_timms(mix):
     assert totals["loss"] == pytest.approx(float(F.cross_entropy(logits.detach(), soft)), rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_deciding_between_some_classes_leaves_the_rows_of_others(smoothing):
+    made = objective(pool="cls", label_smoothing=smoothing)
+    made.decide_between([4, 1])
+    whole = {**batch(6), "label": torch.tensor([1, 4, 4, 1, 1, 4])}
+    logits = made.head(made.backbone([whole["image"]])[0].cls_BD)[:, [4, 1]].detach()
+    places = torch.tensor([1, 0, 0, 1, 1, 0])
+    gradients, totals = run(made, [whole])
+    assert totals["loss"] == pytest.approx(float(F.cross_entropy(logits, places, label_smoothing=smoothing)))
+    assert totals["train_accuracy"] == pytest.approx(float((logits.argmax(1) == places).float().mean()))
+    for name in ("weight", "bias"):
+        rows = (
+            gradients[f"student.head.{name}"].flatten(1)
+            if name == "weight"
+            else gradients["student.head.bias"][:, None]
+        )
+        assert (rows != 0).any(1).tolist() == [False, True, False, False, True]
+    assert not any("_among" in name or "_places" in name for name in made.learnt())
+
+
+def test_what_is_left_out_stays_out_of_mixed_labels():
+    made = objective(mixup=0.8)
+    made.decide_between([4, 1])
+    whole = {**batch(4), "label": torch.tensor([1, 4, 4, 1])}
+    np.random.seed(3)
+    _, totals = run(made, [whole])
+    np.random.seed(3)
+    mix = Mixup(mixup_alpha=0.8, label_smoothing=0.1, num_classes=2)
+    images, soft = mix(whole["image"].clone(), torch.tensor([1, 0, 0, 1]))
+    logits = made.head(made.backbone([images])[0].patches_BND.mean(1))[:, [4, 1]]
+    assert totals["loss"] == pytest.approx(float(F.cross_entropy(logits.detach(), soft)), rel=1e-5)
+
+
 def test_pairs_are_needed_to_mix():
     section = {"adapt": {"name": "lora"}, "objective": {"mixup": 0.8}, "batch_size": 6, "micro_batches": 2}
     source = Loaded(build("vit_tiny_patch16_224", 32, TINY), None, {})

@@ -12,7 +12,8 @@ import explora
 from explora import cli
 
 VERBS = [
-    *("check", "demo", "export", "finetune", "index", "pack", "pretrain", "probe", "report", "run", "stats", "verify"),
+    *("check", "continual", "demo", "export", "finetune", "index", "pack", "pretrain", "probe", "report", "run"),
+    *("stats", "verify"),
 ]
 LAUNCHED = ["cancel", "jobs", "launch"]
 """Verbs of the package `launch`, found through its entry points."""

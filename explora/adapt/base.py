@@ -26,6 +26,8 @@ class Method(Config, abc.ABC):
 
     whole: ClassVar[bool] = False
     """Whether every rank must hold all that learns: such a method runs under ddp, not in shards."""
+    draws: ClassVar[bool] = False
+    """Whether a forward pass in training draws at random, so that passes agree only from the same generator state."""
     reaches_patches: ClassVar[bool] = True
     """Whether patch tokens change, not the class token alone."""
 

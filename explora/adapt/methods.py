@@ -8,19 +8,28 @@ from typing import Annotated
 
 from pydantic import Field
 
+from explora.adapt.apt import APT
 from explora.adapt.bias import Bias
+from explora.adapt.diff_pruning import DiffPruning
+from explora.adapt.expansion import Expansion
 from explora.adapt.explora import ExPLoRA
 from explora.adapt.frozen import Frozen
 from explora.adapt.full import Full
+from explora.adapt.ia3 import IA3
 from explora.adapt.last import Last
 from explora.adapt.lora import LoRA
 from explora.adapt.norms import Norms
+from explora.adapt.selective import Selective
+from explora.adapt.synqt import SynQT
 from explora.config import Config, validate
 from explora.errors import ConfigError, WeightsError
 from explora.models import ViT, read_tensors
 from explora.models.export import load_adapter
 
-AnyMethod = Annotated[ExPLoRA | LoRA | Last | Norms | Bias | Full | Frozen, Field(discriminator="name")]
+AnyMethod = Annotated[
+    ExPLoRA | LoRA | Selective | DiffPruning | Last | Norms | Bias | Expansion | IA3 | APT | SynQT | Full | Frozen,
+    Field(discriminator="name"),
+]
 
 
 class _Recorded(Config):
@@ -49,8 +58,10 @@ def attach(vit: ViT, path: str | Path) -> None:
     except ConfigError as error:
         raise WeightsError(f"{path}: does not fit this explora or this model: {error}") from None
     load_adapter(path, adapted, recorded)
+    state = adapted.state_dict()
+    method.merge(adapted)
     # All that could fail has been tried on a copy.
     method.modify(vit)
-    vit.load_state_dict(adapted.state_dict())
+    vit.load_state_dict(state)
     vit.mean, vit.std, vit.scaling = adapted.mean, adapted.std, adapted.scaling
     method.merge(vit)

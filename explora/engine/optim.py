@@ -182,7 +182,7 @@ def _trained(objective: Objective) -> dict[str, nn.Parameter]:
 def _layers_above(name: str, depth: int) -> int:
     """Steps of layer decay from this parameter up to the head; the embedding is below block 0."""
     _, backbone, rest = name.partition("backbone.")
-    if not backbone or rest.startswith("norm."):
+    if not backbone or rest.startswith(("norm.", "pool.")):
         return 0
     return depth - int(rest.split(".")[1]) if rest.startswith("blocks.") else depth + 1
 

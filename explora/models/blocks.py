@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from explora.models.attention import Group, attend
 from explora.models.torchvision_compat import import_torchvision
@@ -53,7 +54,24 @@ def decoder_blocks(width: int, depth: int, heads: int) -> nn.ModuleList:
 
 
 class PackedBlock(nn.Module, abc.ABC):
-    """Attention, then the MLP, each added to the residual stream."""
+    """Attention, then the MLP, each added to the residual stream.
+
+    Extensions (`explora.models.extensions`) have two places in it, which are None in a plain ViT: `memory`, which
+    changes what attention gives, and `reader`, whose queries read the stream without changing it.
+    """
+
+    entries = ("read",)
+    """The method other than `forward` through which it is entered from outside."""
+
+    norm1: nn.Module
+    attn: Any
+    norm2: nn.Module
+    mlp: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: nn.Module | None = None
+        self.reader: nn.Module | None = None
 
     def forward(self, x_TD: Tensor, layout: Layout, drop: float = 0.0) -> Tensor:
         """The stream (T, D) after this block.
@@ -64,13 +82,46 @@ class PackedBlock(nn.Module, abc.ABC):
         x_TD = residual(self._attend, x_TD, layout, drop)
         return residual(self._transform, x_TD, layout, drop)
 
-    @abc.abstractmethod
+    def read(self, x_TD: Tensor, layout: Layout, before_IQD: Tensor | None) -> Tensor:
+        """What the reader's Q queries for each of the I images find in the stream (T, D) that enters this block.
+
+        They take the block's own way, attention over the tokens of their image, then the MLP; the stream stays.
+
+        Args:
+            before_IQD: what was found at the block before, None at the first one.
+
+        Returns:
+            (I, Q, D), images in the order of the stream.
+        """
+        assert self.reader is not None
+        asked = self.reader(before_IQD, sum(group.images for group in layout.groups))
+        seen = self.norm1(asked)
+        queries = _heads(self.attn, seen.flatten(0, 1), None)[:, 0].unflatten(0, seen.shape[:2])
+        stream = _heads(self.attn, self.norm1(x_TD), layout.rope_TK)[:, 1:]
+        found = asked + self._out(seen, _cross_attend(queries, stream, layout.groups))
+        return found + self._transform(found, layout)
+
     def _attend(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """What attention adds."""
+        seen = self.norm1(x_TD)
+        return self._out(seen, attend(_heads(self.attn, seen, layout.rope_TK), layout.groups))
+
+    def _out(self, seen: Tensor, found: Tensor) -> Tensor:
+        """From what the heads found, (..., H, K), to what is added to the stream; `seen` is what attention saw."""
+        out = self.attn.proj(self.attn.norm(found.flatten(-2)))
+        return self._scale_attention(out if self.memory is None else self.memory(seen, out))
+
+    def _transform(self, x: Tensor, layout: Layout) -> Tensor:
+        """What the MLP adds."""
+        return self._scale_mlp(self.mlp(self.norm2(x)))
 
     @abc.abstractmethod
-    def _transform(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        """What the MLP adds."""
+    def _scale_attention(self, x: Tensor) -> Tensor:
+        """LayerScale of attention."""
+
+    @abc.abstractmethod
+    def _scale_mlp(self, x: Tensor) -> Tensor:
+        """LayerScale of the MLP."""
 
 
 class _Plain(PackedBlock):
@@ -79,11 +130,11 @@ class _Plain(PackedBlock):
         self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
         self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
 
-    def _attend(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        return self.ls1(_attention(self.attn, self.norm1(x_TD), layout))
+    def _scale_attention(self, x: Tensor) -> Tensor:
+        return self.ls1(x)
 
-    def _transform(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        return self.ls2(self.mlp(self.norm2(x_TD)))
+    def _scale_mlp(self, x: Tensor) -> Tensor:
+        return self.ls2(x)
 
 
 class _Eva(PackedBlock):
@@ -92,33 +143,41 @@ class _Eva(PackedBlock):
         self.norm1, self.attn, self.gamma_1 = block.norm1, block.attn, block.gamma_1
         self.norm2, self.mlp, self.gamma_2 = block.norm2, block.mlp, block.gamma_2
 
-    def _attend(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        return _scaled(self.gamma_1, _attention(self.attn, self.norm1(x_TD), layout))
+    def _scale_attention(self, x: Tensor) -> Tensor:
+        return x if self.gamma_1 is None else self.gamma_1 * x
 
-    def _transform(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        return _scaled(self.gamma_2, self.mlp(self.norm2(x_TD)))
+    def _scale_mlp(self, x: Tensor) -> Tensor:
+        return x if self.gamma_2 is None else self.gamma_2 * x
 
 
 Branch = Callable[[Tensor, Layout], Tensor]
 
 
-def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
-    return x if gamma is None else gamma * x
-
-
-def _attention(attn: Any, x_TD: Tensor, layout: Layout) -> Tensor:
+def _heads(attn: Any, x_TD: Tensor, rope_TK: Tensor | None) -> Tensor:
+    """Queries, keys and values of T tokens: (T, 3, H, K)."""
     qkv = attn.qkv(x_TD)
     if type(attn) is EvaAttention and attn.q_bias is not None:
         qkv = qkv + torch.cat(_biases(attn)).to(qkv.dtype)
     qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))
-    if layout.rope_TK is not None or not isinstance(attn.q_norm, nn.Identity):
+    if rope_TK is not None or not isinstance(attn.q_norm, nn.Identity):
         q, k, v = qkv.unbind(1)
         q, k = attn.q_norm(q), attn.k_norm(k)
-        if layout.rope_TK is not None:
-            turn = layout.rope_TK.unsqueeze(1)
+        if rope_TK is not None:
+            turn = rope_TK.unsqueeze(1)
             q, k = (apply_rot_embed_cat(part, turn, half=attn.rotate_half) for part in (q, k))
         qkv = torch.stack([q.to(v.dtype), k.to(v.dtype), v], 1)
-    return attn.proj(attn.norm(attend(qkv, layout.groups).flatten(1)))
+    return qkv
+
+
+def _cross_attend(queries_IQHK: Tensor, stream_T2HK: Tensor, groups: Sequence[Group]) -> Tensor:
+    """What Q queries of each of I images find among the keys and values of its own tokens: (I, Q, H, K)."""
+    asked = queries_IQHK.transpose(1, 2).split([group.images for group in groups])
+    parts = stream_T2HK.split([group.images * group.tokens for group in groups])
+    found = []
+    for q, part, group in zip(asked, parts, groups, strict=True):
+        k, v = part.unflatten(0, tuple(group)).permute(2, 0, 3, 1, 4).unbind(0)
+        found.append(scaled_dot_product_attention(q, k, v).transpose(1, 2))
+    return torch.cat(found)
 
 
 def _biases(attn: Any) -> list[Tensor]:

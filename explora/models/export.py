@@ -35,7 +35,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def save_backbone(path: Path, vit: ViT) -> Path:
-    """Write a plain (merged) ViT: timm's names plus `mask_token`, so that pretraining can go on from it.
+    """Write a merged ViT: timm's names plus `mask_token`, so that pretraining can go on from it.
+
+    Extensions, which cannot be merged, are written with it.
 
     `explora export` makes of it what timm and others load.
 
@@ -73,6 +75,7 @@ def facts_of(vit: ViT) -> dict[str, Any]:
         "bands": None if vit.bands is None else list(vit.bands),
         "scaling": None if vit.scaling is None else vit.scaling.model_dump(mode="json"),
         "source": None if vit.source is None else dataclasses.asdict(vit.source),
+        **({"additions": vit.additions} if vit.additions else {}),
     }
 
 

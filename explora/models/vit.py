@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from explora.bands import RGB, Scaling
+from explora.bands import Scaling
 from explora.errors import WeightsError
+from explora.models.architecture import Options, bands_of, covered, create, normalisation
 from explora.models.attention import Group
-from explora.models.blocks import Layout, known, packed
+from explora.models.blocks import Layout, packed
 from explora.models.channels import (
     ChannelGroups,
     check_groups,
@@ -27,17 +27,12 @@ from explora.models.torchvision_compat import import_torchvision
 
 import_torchvision()
 import timm  # noqa: E402
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup  # noqa: E402
+from timm.data import Mixup  # noqa: E402
 from timm.layers import PatchEmbed  # noqa: E402
-from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3  # noqa: E402
-from timm.models import is_model_in_modules  # noqa: E402
 from timm.models.eva import Eva  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 __all__ = ["BlockFeatures", "Mixup", "Tokens", "ViT", "build", "timm"]
-
-
-Options = Mapping[str, int | float | bool | str]
 
 
 class Tokens(NamedTuple):  # a tuple, so that whoever shards a model finds the tensors in what it puts out
@@ -80,6 +75,25 @@ class ViT(nn.Module):
     entries = ("visible", "features")
     """The methods other than `forward` through which it is entered from outside."""
 
+    bands: tuple[str, ...] | None
+    """Canonical names of the channels in order; None where nobody knows."""
+    mean: tuple[float, ...]
+    """Channel mean of images in [0, 1] that the weights expect: the architecture's until one who knows sets another."""
+    std: tuple[float, ...]
+    """Their standard deviation."""
+    scaling: Scaling | None
+    """Which values become 0 and 1 before mean and std; None: display levels, or nobody knows."""
+    drop_path: float
+    """Probability with which an image skips a residual branch in training, the same for every block."""
+    source: Any
+    """Where the weights came from: set by what reads them."""
+    additions: dict[str, dict[str, Any]]
+    """Settings of the extensions that are on it, by name; `explora.models.extensions` puts them on."""
+    inherited: frozenset[str]
+    """Those of them that its weights came with: a part of the source, which no method takes off."""
+    pool: Any
+    """What makes the class token of all that the blocks' readers have found; None in a plain ViT."""
+
     def __init__(
         self,
         model: VisionTransformer | Eva,
@@ -92,7 +106,7 @@ class ViT(nn.Module):
         bands: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
-        _covered(model, name)
+        covered(model, name)
         self.name = name
         self.options = dict(options or {})
         self.image_size = image_size
@@ -106,17 +120,13 @@ class ViT(nn.Module):
         self.channels: int = model.patch_embed.proj.in_channels
         self.groups = len(channel_groups or [()])
         """Tokens at each patch: the number of channel groups."""
-        self.bands = _bands(bands, self.channels)
-        """Canonical names of the channels in order; None where nobody knows."""
-        self.scaling: Scaling | None = None
-        """Which values become 0 and 1 before mean and std; None: display levels, or nobody knows."""
-        self.mean, self.std = _normalisation(name, self.channels, self.bands)
-        """Channel mean and std of images in [0, 1] that the weights expect: the architecture's until one who knows sets
-        others."""
+        self.bands = bands_of(bands, self.channels)
+        self.scaling = None
+        self.mean, self.std = normalisation(name, self.channels, self.bands)
         self.drop_path = 0.0
-        """Probability with which an image skips a residual branch in training, the same for every block."""
-        self.source: Any = None
-        """Where the weights came from: set by what reads them."""
+        self.source = None
+        self.additions = {}
+        self.inherited = frozenset()
 
         self.cls_token = model.cls_token
         self.reg_token = model.reg_token
@@ -128,6 +138,7 @@ class ViT(nn.Module):
         self.norm_pre = model.norm_pre
         self.blocks = nn.ModuleList([packed(block) for block in model.blocks])
         self.norm = model.norm
+        self.pool = None
         if channel_groups is not None:
             self._group(channel_groups, channel_width)
 
@@ -146,10 +157,8 @@ class ViT(nn.Module):
                 (DINOv3's untied norm of local crops).
         """
         x, layout = self._pack(images, masks)
-        x = self._run(x, layout)
-        norms = class_norms or [None] * len(images)
-        parts = zip(self._unpack(x, layout), self._unpack(self.norm(x), layout), norms, strict=True)
-        return [self._tokens(normed, None if norm is None else norm(raw[:, 0])) for raw, normed, norm in parts]
+        (x,), read = self._read(x, layout)
+        return self._tokens(x, layout, read, class_norms)
 
     def visible(self, images_BCHW: Tensor, keep_BM: Tensor) -> Tensor:
         """Encode some patches only, each at its place (MAE): (B, prefix + M, D) after the final norm.
@@ -168,11 +177,8 @@ class ViT(nn.Module):
     def features(self, images: Tensor, blocks: int = 1) -> BlockFeatures:
         """Features of (B, C, H, W) images from the last `blocks` blocks, in fp32."""
         x, layout = self._pack([images], None)
-        outputs = []
-        for number, block in enumerate(self.blocks):
-            x = block(x, layout, self._drop())
-            if number >= self.depth - blocks:
-                outputs.append(self._tokens(self._unpack(self.norm(x), layout)[0]))
+        (*earlier, x), read = self._read(x, layout, blocks)
+        outputs = [self._tokens(stream, layout)[0] for stream in earlier] + self._tokens(x, layout, read)
         last = outputs[-1].patches_BND.float()
         return BlockFeatures(torch.stack([tokens.cls_BD.float() for tokens in outputs], 1), last.mean(1), last)
 
@@ -200,6 +206,19 @@ class ViT(nn.Module):
         for block in self.blocks:
             x_TD = block(x_TD, layout, self._drop())
         return x_TD
+
+    def _read(self, x_TD: Tensor, layout: Layout, last: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+        """The stream after each of the last blocks, and what readers found at each block, if there are any."""
+        streams: list[Tensor] = []
+        read: list[Tensor] = []
+        blocks: Any = self.blocks
+        for number, block in enumerate(blocks):
+            if self.pool is not None:
+                read.append(block.read(x_TD, layout, read[-1] if read else None))
+            x_TD = block(x_TD, layout, self._drop())
+            if number >= self.depth - last:
+                streams.append(x_TD)
+        return streams, read
 
     def _drop(self) -> float:
         return self.drop_path if self.training else 0.0
@@ -233,12 +252,27 @@ class ViT(nn.Module):
         still[:, turns.shape[1] // 2 :] = 1
         return torch.cat([still, turns])
 
-    def _tokens(self, x_BTD: Tensor, cls_BD: Tensor | None = None) -> Tokens:
-        patches = x_BTD[:, self.prefix_tokens :]
+    def _tokens(
+        self,
+        x_TD: Tensor,
+        layout: Layout,
+        read: Sequence[Tensor] = (),
+        class_norms: Sequence[nn.Module | None] | None = None,
+    ) -> list[Tokens]:
+        """The stream through the final norm, group by group; the class token through its own norm where it has one."""
+        raw, normed = self._unpack(x_TD, layout), self._unpack(self.norm(x_TD), layout)
+        patches = [part[:, self.prefix_tokens :] for part in normed]
+        norms = class_norms or [None] * len(raw)
         if self.cls_token is None:
-            assert cls_BD is None, "no class token to norm"
-            return Tokens(patches.mean(1), patches)
-        return Tokens(x_BTD[:, 0] if cls_BD is None else cls_BD, patches)
+            assert not any(norms), "no class token to norm"
+            return [Tokens(part.mean(1), part) for part in patches]
+        classes = [part[:, 0] for part in raw]
+        if read:
+            classes = self.pool(classes, read)
+            norms = [self.pool.norm if norm is None else norm for norm in norms]
+        ends = zip(classes, norms, normed, strict=True)
+        finished = [whole[:, 0] if norm is None else norm(cls) for cls, norm, whole in ends]
+        return [Tokens(cls, part) for cls, part in zip(finished, patches, strict=True)]
 
     def _group(self, groups: ChannelGroups, own: int | None) -> None:
         check_groups(groups, self.channels, self.width, own)
@@ -269,11 +303,7 @@ def build(
     dropped = [option for option in options or {} if "drop" in option]
     if dropped:
         raise WeightsError(f"model.options: {', '.join(dropped)} has no effect here; use objective.drop_path")
-    architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models()) or timm.list_models("vit_*")[:3]
-        raise WeightsError(f"timm has no model '{name}'; near: {', '.join(near)}")
-    model = _create(architecture, image_size, options or {})
+    model = create(name, image_size, options or {})
     patch = model.patch_embed.patch_size[0]
     if image_size % patch:
         near = [str(size) for size in (image_size // patch * patch, (image_size // patch + 1) * patch) if size]
@@ -281,50 +311,3 @@ def build(
             f"image_size {image_size} is no multiple of the patch size {patch} of '{name}'; use {' or '.join(near)}"
         )
     return ViT(model, name, image_size, options, positions, channel_groups, channel_width, bands)
-
-
-def _create(architecture: str, image_size: int, options: Options) -> VisionTransformer | Eva:
-    # No fc_norm keeps the final norm on the tokens; models that pool the mean would move it behind the pool.
-    norm = "use_fc_norm" if is_model_in_modules(architecture, {"eva"}) else "fc_norm"
-    plain: dict[str, Any] = {"num_classes": 0, "global_pool": "", norm: False, "img_size": image_size}
-    try:
-        model = timm.create_model(architecture, pretrained=False, **{**plain, **options})
-    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
-        reason = str(error) or f"timm refuses it with {type(error).__name__} and no word why"
-        raise WeightsError(f"'{architecture}' with {dict(options)} is no plain vision transformer: {reason}") from None
-    return _covered(model, architecture)
-
-
-def _bands(named: tuple[str, ...] | None, channels: int) -> tuple[str, ...] | None:
-    if named is not None and len(named) != channels:
-        raise WeightsError(f"model.bands names {len(named)} bands, but the model takes {channels} channels")
-    return named or (RGB if channels == len(RGB) else None)
-
-
-def _normalisation(
-    name: str, channels: int, bands: tuple[str, ...] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if bands is None or set(bands) != set(RGB):
-        return (0.0,) * channels, (1.0,) * channels
-    registered = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    known = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if registered is None else (registered.mean, registered.std)
-    mean, std = (tuple(each[RGB.index(band)] for band in bands) for each in known)
-    return mean, std
-
-
-def _covered(model: nn.Module, name: str) -> VisionTransformer | Eva:
-    """The model itself, if the forward pass above covers all its parts."""
-    # Exact types: a distillation token or a ResNet stem comes as a subclass and would be left out in silence.
-    if (type(model) is VisionTransformer or (type(model) is Eva and _rotates(model))) and (
-        type(model.patch_embed) is PatchEmbed and all(known(block) for block in model.blocks)
-    ):
-        return model
-    raise WeightsError(
-        f"'{name}' ({type(model).__name__}) is more than a plain timm VisionTransformer (vit_*, deit_*, DINOv2, MAE) "
-        "or DINOv3, the only kinds that explora adapts"
-    )
-
-
-def _rotates(model: Eva) -> bool:
-    """Whether its positions are DINOv3's alone, without augmentation."""
-    return model.pos_embed is None and type(model.rope) is RotaryEmbeddingDinoV3 and not model.rope.aug_active

@@ -9,9 +9,10 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from explora.config import Config
-from explora.errors import WeightsError
+from explora.errors import ConfigError, WeightsError
 from explora.models import formats
 from explora.models.account import Account, check_finite, fill
+from explora.models.extensions import extend
 from explora.models.files import METADATA_KEY, fingerprint, read_file, read_tensors
 from explora.models.formats import Architecture, Checkpoint, Source
 from explora.models.formats.checkpoint import Bands, Groups, Value, canonical_bands
@@ -82,6 +83,7 @@ def load_model(config: ModelConfig) -> Loaded:
     if embed is None and shaped.channel_groups:
         raise WeightsError(f"{config.weights}: says channel groups {shaped.channel_groups}, but has no channel_embed")
     vit = _build(config, shaped, None if embed is None else embed.shape[-1])
+    _extend(vit, shaped, str(config.weights))
     name = str(config.name if timms else config.weights)
     fitted = fit_bands(vit, checkpoint, config.bands, name)
     fresh, notes = _fresh(vit, checkpoint, fitted), _notes(config, checkpoint, vit, fitted)
@@ -118,6 +120,7 @@ def _notes(config: ModelConfig, checkpoint: Checkpoint, vit: ViT, fitted: Fitted
     shaped, notes = checkpoint.architecture, [*checkpoint.notes, *fitted.notes]
     if not config.name:
         notes += shaped.guesses
+    notes += [f"with {' and '.join(vit.additions)}, which no merging takes away"] if vit.additions else []
     if shaped.channel_groups and not (shaped.recorded or config.channel_groups):
         groups = [list(group) for group in shaped.channel_groups]
         notes.append(f"channel groups taken as SatMAE's {groups}, unless model.channel_groups says others")
@@ -165,6 +168,16 @@ def _build(config: ModelConfig, inferred: Architecture, channel_width: int | Non
         if renamed and size == inferred.image_size != config.image_size:
             raise WeightsError(f"{config.weights}, for images of {size} px, does not fit {name}: {error}") from None
         raise
+
+
+def _extend(vit: ViT, inferred: Architecture, file: str) -> None:
+    """Put on what the weights were trained with and no merging takes away."""
+    try:
+        for name, settings in inferred.additions.items():
+            extend(vit, name, settings)
+    except ConfigError as error:
+        raise WeightsError(f"{file}: damaged metadata, or of a newer explora: {error}") from None
+    vit.inherited = frozenset(vit.additions)
 
 
 def _set_channels(

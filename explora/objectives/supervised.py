@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,6 +40,8 @@ class Supervised(Objective):
     """Cross-entropy on labels, with label smoothing, mixup and CutMix as timm has them."""
 
     inputs = frozenset({"image", "label"})
+    _among: Tensor | None
+    _places: Tensor | None
 
     def __init__(self, config: SupervisedConfig, backbone: ViT, classes: int) -> None:
         super().__init__()
@@ -48,14 +51,9 @@ class Supervised(Objective):
         self.student = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(width, classes)})
         nn.init.trunc_normal_(self.head.weight, std=config.head_std)
         nn.init.zeros_(self.head.bias)
-        self._mix = None
-        if config.mixup > 0 or config.cutmix > 0:
-            self._mix = Mixup(
-                mixup_alpha=config.mixup,
-                cutmix_alpha=config.cutmix,
-                label_smoothing=config.label_smoothing,
-                num_classes=classes,
-            )
+        self.register_buffer("_among", None, persistent=False)
+        self.register_buffer("_places", None, persistent=False)
+        self._mix = _mixing(config, classes)
 
     @property
     def backbone(self) -> ViT:
@@ -69,12 +67,24 @@ class Supervised(Objective):
     def heads(self) -> list[nn.Module]:
         return [self.head]
 
+    def decide_between(self, labels: Sequence[int]) -> None:
+        """Leave all classes but these out: their rows of the head get gradients of exactly zero.
+
+        No image may be of a class that is left out. Source: De Min et al. 2023 (arXiv 2308.09610), masked logits.
+        """
+        self._among = torch.tensor(labels)
+        self._places = torch.full((self.head.out_features,), -1)
+        self._places[self._among] = torch.arange(len(labels))
+        self._mix = _mixing(self.config, len(labels))
+
     def targets(self, micro_batches: Any, progress: Progress) -> list[float]:
         """Each micro-batch's share of the images of the step, over all ranks."""
         return shares([len(batch["label"]) for batch in micro_batches], micro_batches[0]["label"].device)
 
     def forward(self, batch: Batch, target: float, progress: Progress) -> StepOutput:
         images, labels = batch["image"], batch["label"]
+        if self._places is not None:
+            labels = self._places[labels]
         if self._mix is not None:
             images, soft = self._mix(images.clone(), labels)
             logits = self._logits(images)
@@ -87,7 +97,20 @@ class Supervised(Objective):
         return StepOutput(loss * target, parts)
 
     def _logits(self, images: Tensor) -> Tensor:
-        return classify(self.backbone([images])[0], self.head, self.config.pool)
+        logits = classify(self.backbone([images])[0], self.head, self.config.pool)
+        return logits if self._among is None else logits[:, self._among]
+
+
+def _mixing(config: SupervisedConfig, classes: int) -> Mixup | None:
+    """What mixes the images of a batch and their labels, where the config wants that."""
+    if config.mixup == config.cutmix == 0:
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        label_smoothing=config.label_smoothing,
+        num_classes=classes,
+    )
 
 
 def classify(tokens: Tokens, head: nn.Linear, pool: str) -> Tensor:

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -172,6 +172,68 @@ def _heat(axes: Axes, depth: np.ndarray) -> None:
         square = Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, linewidth=0)
         square.set(facecolor=ACCENT, alpha=0.12 + 0.88 * depth[i, j])
         axes.add_patch(square)
+
+
+def heatmap(key: str, values: np.ndarray, rows: Sequence[str], low: float) -> Markup:
+    """Percent by task (down) and time (across), (T, T) with NaN where there is nothing; `low` is the palest value.
+
+    The colour stays so pale that numbers are readable on every depth of it, by day and by night.
+    """
+    tasks = len(rows)
+    digits = 1 if tasks <= 12 else 0
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.set_xlim(-0.5, tasks - 0.5)
+        axes.set_ylim(tasks - 0.5, -0.5)
+        for task, time in zip(*np.nonzero(np.isfinite(values)), strict=True):
+            value = values[task, time]
+            cell = Rectangle((time - 0.48, task - 0.46), 0.96, 0.92, linewidth=0)
+            cell.set(facecolor=ACCENT, alpha=0.05 + 0.45 * (value - low) / max(100 - low, 1))
+            axes.add_patch(cell)
+            axes.text(time, task, f"{value:.{digits}f}", ha="center", va="center_baseline", fontsize=7.5, color=INK)
+        axes.set_xticks(range(tasks), [str(number + 1) for number in range(tasks)])
+        axes.set_yticks(range(tasks), [_short(row, 24) for row in rows])
+        axes.tick_params(length=0)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_xlabel("after task")
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    return svg(f"map {key}", (1.4 + 0.4 * max(tasks, 3), 0.5 + 0.28 * max(tasks, 2)), draw)
+
+
+class Line(NamedTuple):
+    """A value after each task, how it is called, the number of its look, and whether it is drawn dotted."""
+
+    label: str
+    values: Sequence[float]
+    look: int
+    dotted: bool
+
+
+def progress(lines: Sequence[Line], level: float | None) -> Markup:
+    """Percent after each task, a marker and a line each; `level` is a dashed line to compare with."""
+    most = max(len(line.values) for line in lines)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for line in lines:
+            style = _STYLES[line.look % len(_STYLES)] | ({"markerfacecolor": PAPER} if line.dotted else {})
+            dashes = (0, (1, 1.5)) if line.dotted else "-"
+            axes.plot(range(1, most + 1), line.values, label=line.label, linestyle=dashes, linewidth=1.1, **style)
+        if level is not None:
+            axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (5, 3)), label="joint")
+        axes.yaxis.grid(True)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_xticks(range(1, most + 1))
+        axes.set_xlabel("after task")
+        axes.set_ylabel("mean accuracy, %")
+        axes.margins(x=0.03, y=0.12)
+        figure.legend(loc="outside upper left", ncols=3, columnspacing=1.4, handlelength=2.6)
+
+    return svg("progress", (6.6, 3.1), draw)
 
 
 def picture(pixels: np.ndarray, form: str) -> str:

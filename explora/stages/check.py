@@ -21,6 +21,7 @@ from explora.models import Loaded, ModelConfig, ViT
 from explora.objectives import MAEConfig, Objective
 from explora.objectives.decoder import Decoder
 from explora.stages import finetune, pretrain
+from explora.stages.continual import tasks_of
 from explora.stages.finetune import FinetuneConfig, FinetuneSection
 from explora.stages.fitting import fit_views
 from explora.stages.memory import sizes
@@ -29,16 +30,17 @@ from explora.stages.pretrain import PretrainConfig, PretrainSection
 from explora.stages.probe import ProbeConfig
 from explora.stages.section import TrainingSection, blueprint, fitted, progress_of, rehearse
 from explora.stages.sources import folders, foreseen, local_set, pixels_in
+from explora.stages.task_modules import ContinualConfig, rehearse_module
 from explora.stages.training import families, learning, parameter_counts
 
 
 def check(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> str:
-    """Resolve a config of `run`, `pretrain`, `finetune` or `probe` and say what it would do.
+    """Resolve a config of `run`, `pretrain`, `finetune`, `continual` or `probe` and say what it would do.
 
     Returns:
-        The resolved config; for each training stage effective learning rate, alpha / rank, trained and total
-        parameters, FLOPs per image and estimated memory; for each probed model its size and FLOPs; and what is
-        missing before it can run.
+        The resolved config; for each training stage effective learning rate, low-rank scale, trained and total
+        parameters, FLOPs per image and estimated memory; for each probed model its size and FLOPs; the tasks of
+        continual learning; and what is missing before it can run.
 
     Raises:
         ExploraError: a mistake in the config.
@@ -65,6 +67,13 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         yield from _pretrain(chain.pretrain, model, copy.deepcopy(loaded))
         if chain.finetune is not None:
             yield from _finetune(chain.finetune, copy.deepcopy(loaded), chain.data.train)
+    elif "tasks" in raw:
+        teaching = configs.validate(ContinualConfig, raw, source)
+        model, needed = teaching.model, {"train": teaching.train, "test": teaching.test}
+        loaded = _sketch(model)
+        sets = {role: local_set(folder) for role, folder in needed.items() if folder and Path(folder).exists()}
+        yield configs.dump(fitted(teaching, loaded.vit, sets["train"].pixels if "train" in sets else None))
+        yield from _continual(teaching, copy.deepcopy(loaded), sets)
     elif "train" in raw:
         tuning = configs.validate(FinetuneConfig, raw, source)
         model, needed = tuning.model, {"train": tuning.train}
@@ -105,6 +114,18 @@ def _finetune(section: FinetuneSection, loaded: Loaded, labelled: str) -> Iterat
     return _stage("finetune", section, rehearse(section, loaded, build), flops)
 
 
+def _continual(config: ContinualConfig, loaded: Loaded, sets: Mapping[str, ShardSet]) -> Iterator[str]:
+    """The facts of one task's training, and the tasks as far as the shards are there."""
+    flops = flops_per_image(loaded.vit, loaded.vit.image_size)
+    yield from _stage("continual", config, rehearse_module(config, loaded, _classes(Path(config.train))), flops)
+    if len(sets) < 2:
+        yield "  tasks                 known when both sets of shards are there"
+    else:
+        for number, task in enumerate(tasks_of(config, sets)):
+            yield f"  task {number:<17}{', '.join(task.classes)}"
+    yield ""
+
+
 def _stage(stage: str, section: TrainingSection, objective: Objective, flops: int) -> Iterator[str]:
     """The facts of one training stage, from a model without memory behind its weights."""
     vit = objective.backbone
@@ -116,7 +137,7 @@ def _stage(stage: str, section: TrainingSection, objective: Objective, flops: in
     for rule in section.optim.rules:
         yield f"    {rule.match:<19} {section.optim.peak(rule.lr, section.batch_size):.3g}"
     scale = section.adapt.scale
-    yield f"  alpha / rank          {'-' if scale is None else f'{scale:g}'}"
+    yield f"  low-rank scale        {'-' if scale is None else f'{scale:g}'}"
     share = 100 * counts["trained_parameters"] / counts["total_parameters"]
     yield (
         f"  backbone parameters   {counts['trained_parameters']:,} trained of {counts['total_parameters']:,} "

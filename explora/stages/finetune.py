@@ -84,6 +84,11 @@ def build(section: FinetuneSection, source: Loaded, classes: int) -> Supervised:
             "objective.mixup: mixup and CutMix mix pairs, but a micro-batch of a rank has "
             f"{section.images_at_once} images; choose an even batch_size / micro_batches / ranks"
         )
+    if section.objective.pool == "mean" and not section.adapt.reaches_patches:
+        raise ConfigError(
+            f"adapt: '{section.adapt.name}' changes the class token alone, but objective.pool is mean, that of patch "
+            "tokens; set objective.pool: cls or cls_mean"
+        )
     vit = source.vit
     expects(vit, section.views)
     adapt(vit, section.adapt)

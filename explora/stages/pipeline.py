@@ -17,7 +17,7 @@ from explora.data import Center, ShardSet, overlap, whole_range
 from explora.distributed import on_first, rank
 from explora.errors import ConfigError, DataError, RunError
 from explora.models import ModelConfig
-from explora.reporting import table, write_report
+from explora.reporting import continual_table, table, write_continual, write_report
 from explora.stages.finetune import FinetuneSection, finetune
 from explora.stages.finetune import build as build_finetune
 from explora.stages.fitting import RANGE, bands_of
@@ -122,13 +122,16 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, sta
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write the HTML report of a chain and log its table; returns the report's path.
+    """Write the HTML report of a chain, or of a continual run, and log its table; returns the report's path.
 
     Raises:
         RunError: the folder holds no run, or a damaged one.
     """
-    path = write_report(Path(folder), None if out is None else Path(out))
-    logger.info("\n%s\n\nreport: %s", table(Path(folder)), path)
+    folder = Path(folder)
+    continual = (folder / "results.json").is_file()
+    write, tabulate = (write_continual, continual_table) if continual else (write_report, table)
+    path = write(folder, None if out is None else Path(out))
+    logger.info("\n%s\n\nreport: %s", tabulate(folder), path)
     return path
 
 

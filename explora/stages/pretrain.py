@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from explora import config as configs
-from explora.adapt import AnyMethod, ExPLoRA, adapt
+from explora.adapt import APT, AnyMethod, ExPLoRA, adapt
 from explora.config import Overrides
 from explora.data import Center, Key, MaskedCrop, Mixture, MultiCrop, RemoteSet, ShardSet, crops
 from explora.distributed import autocast, on_first
@@ -125,9 +125,28 @@ def build(section: PretrainSection, source: Loaded) -> Objective:
             f"adapt.patch_embed: the weights have no patch embedding for these bands, so {random[0]} and others begin "
             "anew and must learn; set it to true"
         )
+    _refuse_still_patches(section)
     objective = _around(section, source)
     objective.method = section.adapt
     return objective
+
+
+def _refuse_still_patches(section: PretrainSection) -> None:
+    """Refuse to learn from patch tokens that the method leaves as they are, or to hold them to a changed source."""
+    method, objective = section.adapt, section.objective
+    learns = "MAE learns from patch tokens" if isinstance(objective, MAEConfig) else ""
+    if isinstance(objective, DINOv2Config) and objective.gram_weight > 0:
+        learns = "objective.gram_weight holds patch tokens to the source's"
+        if isinstance(method, APT) and not method.gate:
+            raise ConfigError(
+                "objective.gram_weight: holds patch tokens to the source's, but 'apt' without its gate begins as "
+                "another model; set adapt.gate: true or gram_weight: 0"
+            )
+    if learns and not method.reaches_patches:
+        raise ConfigError(
+            f"adapt: '{method.name}' changes the class token alone, but {learns}; take dinov2 without gram_weight, or "
+            "a method such as lora"
+        )
 
 
 def _around(section: PretrainSection, source: Loaded) -> Objective:

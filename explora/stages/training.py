@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -23,7 +24,6 @@ from explora.runs import Run
 from explora.schedules import Progress
 from explora.stages.fitting import RANGE
 from explora.stages.memory import memory_of, sizes
-from explora.stages.result import Result
 from explora.stages.section import TrainingSection, progress_of
 from explora.stages.sources import AnySet
 
@@ -42,6 +42,13 @@ class Trained:
     @classmethod
     def of(cls, run: Run, summary: dict[str, Any]) -> Trained:
         return cls(run.folder, run.folder / "backbone.safetensors", run.folder / "adapter.safetensors", summary)
+
+
+class Saved(Protocol):
+    """What a training leaves."""
+
+    def save(self, folder: Path) -> None:
+        """Write it; every rank must ask, the first writes."""
 
 
 def together(loop: LoopConfig) -> AbstractContextManager[None]:
@@ -96,7 +103,7 @@ def train(
     config: TrainingSection,
     seed: int,
     objective: Objective,
-    result: Result,
+    result: Saved,
     images: AnySet,
     stage: str,
     monitor: Monitor | None = None,
@@ -115,12 +122,12 @@ def train(
         "%s: %d steps of %d images on %s; %s of %s backbone parameters train%s; peak lr %.2e",
         *(stage, progress.steps, config.batch_size, training.device),
         *(f"{counts['trained_parameters']:,}", f"{counts['total_parameters']:,}"),
-        f", alpha / rank {config.adapt.scale:g}" if config.adapt.scale is not None else "",
+        f", low-rank scale {config.adapt.scale:g}" if config.adapt.scale is not None else "",
         config.optim.peak(config.optim.lr, config.batch_size),
     )
     outcome = training.fit()
     result.save(run.folder)
-    logger.info("%s: done in %.0f s; %s", stage, outcome.seconds, run.folder / "backbone.safetensors")
+    logger.info("%s: done in %.0f s; %s", stage, outcome.seconds, run.folder)
     return {
         "stage": stage,
         "model": objective.backbone.name,
@@ -137,7 +144,7 @@ def train(
         "precision": precision_on(training.device, config.loop.precision),
         "ranks": size(),
         **({} if parallel.plan.mode == "none" else {"parallel": parallel.plan.mode, "traffic": parallel.traffic}),
-        "alpha_over_rank": config.adapt.scale,
+        "low_rank_scale": config.adapt.scale,
         "trained": trained,
         **({} if outcome.seen is None or outcome.seen.floor is None else watched(outcome.seen)),
     }
@@ -244,10 +251,32 @@ def parameter_counts(objective: Objective) -> dict[str, int]:
 
 
 def families(names: Iterable[str]) -> list[str]:
-    """Parameter names to read: numbers collapsed where one kind of layer has them in many places."""
-    low_rank = re.compile(r"(^|\.)blocks\.\d+\.(norm\d|attn\.(?:qkv|proj)\.lora|mlp\.fc\d\w*\.lora).*")
-    short = (low_rank.sub(r"\1blocks.*.\2*", name) for name in names)
-    return list(dict.fromkeys(re.sub(r"^(patch_embed|pred)\..*", r"\1.*", name) for name in short))
+    """Parameter names to read, in the model's order.
+
+    What learns in most blocks is written once, `blocks.*.norm1.weight`; other blocks are told by their numbers,
+    `blocks.9-11.norm1.weight`. What a method added to one layer is one line, `blocks.*.attn.qkv.lora*`.
+    """
+    found: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        short = re.sub(r"\.(lora|ia3|diff)_\w+$", r".\1*", name)
+        stack, number, rest = short.split(".", 2) if re.match(r"\w+\.\d+\.", short) else ("", "0", short)
+        found.setdefault((stack, rest), set()).add(int(number))
+    depth: Counter[str] = Counter()
+    for (stack, _), numbers in found.items():
+        depth[stack] = max(depth[stack], 1 + max(numbers))
+    return [
+        f"{stack}.{_numbers(numbers, depth[stack])}.{rest}" if stack else rest
+        for (stack, rest), numbers in found.items()
+    ]
+
+
+def _numbers(numbers: Set[int], depth: int) -> str:
+    """`*` for three or more that are most of `depth`, or runs such as `0-2,5`."""
+    if len(numbers) >= 3 and 2 * len(numbers) > depth:
+        return "*"
+    starts = sorted(number for number in numbers if number - 1 not in numbers)
+    ends = sorted(number for number in numbers if number + 1 not in numbers)
+    return ",".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))
 
 
 def learning(vit: ViT) -> list[str]:

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from explora.bands import RGB, Unit
-from explora.errors import RunError
+from explora.errors import RunError, WeightsError
 from explora.models.vit import ViT
 from explora.runs import sync
 
@@ -100,6 +100,19 @@ def new_folder(out: Path) -> Iterator[Path]:
             reason = f"{error.strerror}; free some space or choose another folder"
             raise RunError(f"{out}: cannot write: {reason}") from None
         raise
+
+
+def refuse_extended(vit: ViT, reader: str) -> None:
+    """Refuse a model with extensions for whoever reads plain ones.
+
+    Raises:
+        WeightsError: names them.
+    """
+    if vit.additions:
+        raise WeightsError(
+            f"{reader} has no place for {' and '.join(vit.additions)}, which no merging takes away; take "
+            "backbone.safetensors itself, or --format onnx or adapter"
+        )
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -72,6 +72,7 @@ def _what(facts: Facts, content: Content) -> str:
     text = f"A vision transformer, {done.get(facts.stage or '', 'as it was read from a weights file')}.\n\n"
     rows = {
         "architecture": f"{vit.name}{f' with {vit.options}' if vit.options else ''}, in timm's words",
+        **{name: ", ".join(f"{key} {value}" for key, value in own.items()) for name, own in vit.additions.items()},
         "blocks, width": f"{vit.depth}, {vit.width}",
         "image": f"{vit.image_size} px square, patches of {vit.patch_size} px",
         "position embedding": f"{vit.position_mode} resampling" if vit.pos_embed is not None else "rotary",

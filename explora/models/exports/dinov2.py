@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from explora.models.export import facts_of
-from explora.models.exports.base import Content, Format, batch, reading
+from explora.models.exports.base import Content, Format, batch, reading, refuse_extended
 from explora.models.files import SIDECAR
 from explora.models.formats import dinov2
 
@@ -20,6 +20,7 @@ class DINOv2Keys(Format):
     library = "pytorch"
 
     def write(self, folder: Path, content: Content) -> None:
+        refuse_extended(content.vit, "DINOv2's layout")
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in dinov2.write(content.vit).items()}
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
@@ -40,7 +41,13 @@ with torch.no_grad():
 cls, patches = tokens.cls_BD, tokens.patches_BND"""
 
     def limits(self, content: Content) -> list[str]:
-        return [
+        lines = [
             "model.pth cannot say its licence, mean, std or how positions are resampled: keep explora.json beside it, "
             "which explora reads."
         ]
+        if "depth" in content.vit.options:
+            lines.append(
+                "The official repository's vit_small to vit_giant2 have depths of their own: these "
+                f"{content.vit.depth} blocks need its DinoVisionTransformer with that depth."
+            )
+        return lines

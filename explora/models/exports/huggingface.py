@@ -7,7 +7,7 @@ from pathlib import Path
 
 from explora.bands import RGB
 from explora.models.export import facts_of
-from explora.models.exports.base import Content, Format, batch, levels, write_safetensors
+from explora.models.exports.base import Content, Format, batch, levels, refuse_extended, write_safetensors
 from explora.models.formats import huggingface
 from explora.models.weights import METADATA_KEY
 
@@ -18,6 +18,7 @@ class HuggingFace(Format):
     library = "transformers"
 
     def write(self, folder: Path, content: Content) -> None:
+        refuse_extended(content.vit, "transformers")
         size = {"height": content.vit.image_size, "width": content.vit.image_size}
         preprocessor = {
             "image_processor_type": "ViTImageProcessor",

@@ -1,19 +1,22 @@
 """An adapter that `peft.PeftModel.from_pretrained` puts on timm's model with the source weights.
 
 The low-rank terms of q, k and v, of which explora keeps one each, become one term of the fused qkv layer: A stacked,
-B block-diagonal, the rank their sum, and alpha grown with it, so that alpha / rank stays.
+B block-diagonal, the rank their sum, and alpha grown with it, so that the factor on them stays. DoRA's magnitude, of
+which explora keeps the relative change, becomes the norm of each row of the merged weight.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from explora.errors import WeightsError
+from explora.models.additions import added
 from explora.models.exports.adapter import source_needed
 from explora.models.exports.base import Content, Format, batch, reading, write_safetensors
 from explora.models.exports.timm import timm_arguments
@@ -21,6 +24,8 @@ from explora.models.vit import ViT
 from explora.models.weights import read_tensors
 
 _PREFIX = "base_model.model."
+_FACTORS = ("lora_a", "lora_b", "lora_m")
+_OTHERWISE = "take --format adapter, or timm for the merged backbone"
 _TOKENS = ("cls_token", "reg_token", "pos_embed")
 
 
@@ -29,6 +34,8 @@ class Parts(NamedTuple):
 
     low_rank: dict[str, tuple[Tensor, Tensor]]
     """A (rank, in) and B (out, rank) of each adapted linear layer."""
+    magnitudes: dict[str, Tensor]
+    """What DoRA's rows are scaled to, (out,), of the same layers or of none."""
     modules: list[str]
     """Modules that were trained whole."""
     plain: dict[str, Tensor]
@@ -49,7 +56,10 @@ class Peft(Format):
         out = {f"{_PREFIX}{name}": tensor for name, tensor in parts.plain.items()}
         for name, (a, b) in parts.low_rank.items():
             out |= {f"{_PREFIX}{name}.lora_A.weight": a, f"{_PREFIX}{name}.lora_B.weight": b}
+        out |= {f"{_PREFIX}{name}.lora_magnitude_vector": norms for name, norms in parts.magnitudes.items()}
         write_safetensors(folder / "adapter_model.safetensors", out)
+        ranks = {name: len(a) for name, (a, _) in parts.low_rank.items()}
+        rslora = bool(method.get("rslora"))
         config = {
             "peft_type": "LORA",
             "task_type": None,
@@ -58,15 +68,19 @@ class Peft(Format):
             "inference_mode": True,
             "r": method["rank"],
             "lora_alpha": method["alpha"],
-            "rank_pattern": _pattern(parts, method["rank"], 1),
-            "alpha_pattern": _pattern(parts, method["rank"], method["alpha"] / method["rank"]),
+            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != method["rank"]},
+            "alpha_pattern": {
+                name: method["alpha"] * (rank / method["rank"]) ** (0.5 if rslora else 1)
+                for name, rank in ranks.items()
+                if rank != method["rank"]
+            },
             "target_modules": list(parts.low_rank),
             "modules_to_save": parts.modules or None,
             "lora_dropout": 0.0,
             "bias": "none",
             "fan_in_fan_out": False,
-            "use_rslora": False,
-            "use_dora": False,
+            "use_rslora": rslora,
+            "use_dora": bool(parts.magnitudes),
             "init_lora_weights": True,
         }
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -108,29 +122,52 @@ with torch.no_grad():
 def take_apart(tensors: Mapping[str, Tensor], method: Mapping[str, Any], vit: ViT) -> Parts:
     """Sort an adapter's tensors by where peft keeps them.
 
+    Args:
+        vit: the merged backbone.
+
     Raises:
-        WeightsError: no low-rank term at all, or a model whose qkv layer peft's terms would not reach.
+        WeightsError: no low-rank term at all, more than a plain ViT, or a model whose qkv layer peft's terms would
+            not reach.
     """
+    if lasting := added(vit):
+        raise WeightsError(
+            f"timm's {vit.name} has no place for {min(lasting)}, so peft has none; take --format adapter"
+        )
     layers = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
     if not layers:
-        raise WeightsError(f"peft holds low-rank terms and '{method['name']}' trained none; take --format timm")
+        raise WeightsError(f"peft holds low-rank terms and '{method['name']}' trained none; {_OTHERWISE}")
     state = vit.state_dict()
+    factors = {f"{layer}.{last}" for layer in layers for last in _FACTORS}
     if any(name.endswith(".attn.q_bias") for name in state) and any(name.endswith(".qkv") for name in layers):
         raise WeightsError(
             f"timm's {vit.name} reads the weight of qkv past any adapter, so peft's term would have no effect in it; "
-            "take --format timm or adapter"
+            f"{_OTHERWISE}"
         )
-    low_rank = {}
+    low_rank, magnitudes = {}, {}
     for layer in layers:
         a, b = tensors[f"{layer}.lora_a"], tensors[f"{layer}.lora_b"]
-        low_rank[layer] = (a, _block_diagonal(b, method["targets"]) if layer.endswith(".qkv") else b[0])
-    plain = {name: t for name, t in tensors.items() if not name.endswith((".lora_a", ".lora_b", "mask_token"))}
-    return Parts(low_rank, _whole_modules(list(plain), list(state)), plain)
+        adapted = _adapted(layer, method)
+        low_rank[layer] = (a, _block_diagonal(b, adapted) if layer.endswith(".qkv") else b[0])
+        if (m := tensors.get(f"{layer}.lora_m")) is not None:
+            norms = state[f"{layer}.weight"].norm(dim=1)
+            for part, rows in zip(adapted, m, strict=True):
+                span = slice(part * len(rows), (part + 1) * len(rows))
+                norms[span] = torch.copysign(norms[span], 1 + rows)
+            magnitudes[layer] = norms
+    plain = {name: t for name, t in tensors.items() if name not in factors and not name.endswith("mask_token")}
+    return Parts(low_rank, magnitudes, _whole_modules(list(plain), list(state)), plain)
 
 
-def _block_diagonal(b_PWR: Tensor, targets: list[str]) -> Tensor:
+def _adapted(layer: str, method: Mapping[str, Any]) -> Sequence[int]:
+    """Which equal parts of a layer's output have a term: of a fused qkv layer 0, 1 or 2, of others the whole."""
+    if not layer.endswith(".qkv"):
+        return (0,)
+    kept = method.get("kept")  # what the method has left of its targets, if it says so
+    return kept[layer] if kept else [number for number, letter in enumerate("qkv") if letter in method["targets"]]
+
+
+def _block_diagonal(b_PWR: Tensor, adapted: Sequence[int]) -> Tensor:
     """B of the fused layer (3 W, parts x R): piece by piece, zeros where a piece has no term."""
-    adapted = [number for number, letter in enumerate("qkv") if letter in targets]
     _, width, rank = b_PWR.shape
     full = b_PWR.new_zeros(3 * width, len(adapted) * rank)
     for part, piece in enumerate(adapted):
@@ -154,8 +191,3 @@ def _whole_modules(trained: list[str], all_names: list[str]) -> list[str]:
                 break
     modules = {name.rpartition(".")[0] for name in all_names}
     return [m for m in dict.fromkeys(whole) if not any(o.endswith(m) and o != m for o in modules)]
-
-
-def _pattern(parts: Parts, rank: int, scale: float) -> dict[str, float]:
-    """rank (scale 1) or alpha of the layers whose rank is not the adapter's own."""
-    return {layer: len(a) * scale for layer, (a, _) in parts.low_rank.items() if len(a) != rank}

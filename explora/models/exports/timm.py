@@ -8,7 +8,7 @@ from typing import Any
 
 from explora.errors import WeightsError
 from explora.models.export import facts_of
-from explora.models.exports.base import Content, Format, batch, write_safetensors
+from explora.models.exports.base import Content, Format, batch, refuse_extended, write_safetensors
 from explora.models.vit import ViT
 from explora.models.weights import METADATA_KEY
 
@@ -72,6 +72,7 @@ def timm_arguments(vit: ViT) -> dict[str, Any]:
     Raises:
         WeightsError: timm cannot make it.
     """
+    refuse_extended(vit, "timm")
     if vit.channel_groups is not None:
         raise WeightsError(
             "timm, Hugging Face and DINOv2 know no channel groups; take backbone.safetensors itself, or --format onnx"

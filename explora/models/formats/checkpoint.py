@@ -58,6 +58,8 @@ class Architecture:
     """Bands of the channels in order; None where nobody says."""
     scaling: Scaling | None = None
     """Which values were 0 and 1 before mean and std; None: display levels, or nobody says."""
+    additions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings of the extensions that are on it, by name; see `explora.models.extensions`."""
     recorded: bool = False
     """Whether the file itself says so, and nothing was inferred."""
     sure_of_mean: bool = True

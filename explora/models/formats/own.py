@@ -48,6 +48,8 @@ class Facts(Config):
     """Which values become 0 and 1 before mean and std, null for display levels."""
     source: Source | None = None
     """Where the weights came from, null where nobody recorded it."""
+    additions: dict[str, dict[str, Value]] = Field(default_factory=dict)
+    """Settings of the extensions that are on it, by name."""
 
     _canonical = field_validator("bands")(canonical_bands)
 
@@ -100,6 +102,7 @@ def described(checkpoint: Checkpoint, facts: Facts, file: str) -> Checkpoint:
         facts.std,
         facts.bands,
         facts.scaling,
+        additions=facts.additions,
         recorded=True,
     )
     source = facts.source or Source("explora", file, checkpoint.licence, checkpoint.inferred)

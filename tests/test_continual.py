@@ -1,0 +1,444 @@
+"""`explora continual`: what it finds against naive versions, that nothing earlier moves, stops, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_methods
+import torch
+from conftest import MODEL, Answer
+from slurm_fakes import Fakes, slurm
+from stopping import Stop
+from torch import Tensor
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import explora
+import launch
+from explora.adapt import LoRA, Method, Norms, adapt
+from explora.config import validate
+from explora.data import Center, Key, ShardSet, crops
+from explora.engine import Training
+from explora.errors import ConfigError, DataError, RunError
+from explora.incremental.norms import put_on
+from explora.incremental.routers import Keys, Prototypes
+from explora.models import ModelConfig, ViT, load_model, read_tensors
+from explora.stages import continual as stage
+from explora.stages import task_modules
+from explora.stages.task_modules import ContinualConfig
+
+__all__ = ["slurm"]
+SMALL: dict[str, Any] = {
+    "model": MODEL,
+    "tasks": {"size": 4},
+    "steps": 2,
+    "batch_size": 6,
+    "joint": 2,
+    "optim": {"lr": 0.05, "lr_rule": "none"},
+    "head": {"name": "linear", "steps": 20, "lr": 0.05},
+    "loop": {"log_every": 1, "save_every": 1, "precision": "fp32"},
+}
+RICH: dict[str, Any] = {
+    "adapt": {"name": "lora", "rank": 2},
+    "objective": {"pool": "cls_mean", "label_smoothing": 0.1},
+    "routers": [{"name": "keys"}, {"name": "keys", "learnt": False}, {"name": "prototypes", "per_task": 2}],
+    "head": {"name": "analytic"},
+    "arc": {"gamma": 1.5},
+}
+KINDS: dict[str, dict[str, Any]] = {"two": {}, "one": {"passes": 1}, "rich": RICH}
+Make = Callable[..., dict[str, Any]]
+
+
+def teaching(shards: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
+    return {"out": str(out), "train": str(shards["train"]), "test": str(shards["test"]), **SMALL, **changes}
+
+
+@pytest.fixture(scope="module")
+def finished(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished runs by kind; not to be changed."""
+    root = tmp_path_factory.mktemp("continual")
+    for kind, changes in KINDS.items():
+        explora.continual(teaching(shards, root / kind, **changes))
+    return {kind: root / kind for kind in KINDS}
+
+
+@pytest.fixture
+def making(shards: dict[str, Path], tmp_path: Path) -> Make:
+    return lambda **changes: teaching(shards, tmp_path / "run", **changes)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """results.json without what no two runs share."""
+    found = json.loads((folder / "results.json").read_text())
+    assert found.pop("seconds") > 0
+    return found
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All that modules and joint training have learnt."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*/*.safetensors")
+            if path.name in ("adapter.safetensors", "head.safetensors")}  # fmt: skip
+
+
+# Against naive versions
+
+
+def source() -> ViT:
+    torch.manual_seed(0)
+    return load_model(ModelConfig(**MODEL)).vit.eval()
+
+
+@torch.no_grad()
+def seen(vit: ViT, shards: Path, labels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Class token and mean patch of the images of some classes, one by one, and their labels."""
+    whole = ShardSet.open(shards)
+    rows = [number for number, label in enumerate(whole.labels) if label in labels]
+    view = Center(size=32, mean=source().mean, std=source().std)
+    batches = [view.finish(crops(whole, view, [Key(0, 0, row)])) for row in rows]
+    found = [vit([batch["image"]])[0] for batch in batches]
+    means = torch.cat([tokens.patches_BND.mean(1) for tokens in found])
+    return torch.cat([tokens.cls_BD for tokens in found]), means, torch.from_numpy(whole.labels[rows]).long()
+
+
+TASKS = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def percent(predictions: Tensor, labels: Tensor) -> float:
+    return 100 * float((predictions == labels).float().mean())
+
+
+def state(folder: Path, task: int) -> dict[str, Tensor]:
+    return read_tensors(folder / f"task{task:02d}" / "state.safetensors")[0]
+
+
+def learnt(folder: Path, task: int) -> dict[str, Tensor]:
+    return read_tensors(folder / f"task{task:02d}" / "module" / "adapter.safetensors")[0]
+
+
+def module(folder: Path, task: int, method: Method) -> ViT:
+    """The adapted model as it learnt, not merged."""
+    vit = source()
+    adapt(vit, method)
+    own = {name: value for name, value in learnt(folder, task).items() if name in vit.state_dict()}
+    vit.load_state_dict(own, strict=False)
+    return vit.eval()
+
+
+def choosing(folder: Path, upto: int) -> ViT:
+    vit, past = source(), [learnt(folder, task) for task in range(upto + 1)]
+    passing = put_on(vit, past, 0)
+    passing.chooses = True
+    return vit.eval()
+
+
+@pytest.mark.parametrize("kind", ["two", "one"])
+def test_accuracies_are_those_of_a_naive_run(kind: str, finished: dict[str, Path], shards: dict[str, Path]) -> None:
+    """A linear head on class tokens; all logits but those of classes so far are left out."""
+    folder, test = finished[kind], shards["test"]
+    found = results(folder)["variants"]
+    assert list(found) == ["oracle", {"two": "keys", "one": "one_pass"}[kind]]
+    modules = [module(folder, task, Norms()) for task in range(3)]
+    for t in range(3):
+        head, known = state(folder, t), sum(len(labels) for labels in TASKS[: t + 1])
+
+        def right(features: Tensor, labels: Tensor, head: Any = head, known: int = known) -> Any:
+            logits = F.linear(features, head["head.weight"], head["head.bias"])[:, :known]
+            return pytest.approx(percent(logits.argmax(1), labels))
+
+        for i in range(t + 1):
+            query, _, labels = seen(source(), test, TASKS[i])
+            by_module = torch.stack([seen(one, test, TASKS[i])[0] for one in modules[: t + 1]])
+            assert found["oracle"]["accuracy"][t][i] == right(by_module[i], labels)
+            if kind == "one":
+                chosen, _, _ = seen(choosing(folder, t), test, TASKS[i])
+                assert found["one_pass"]["accuracy"][t][i] == right(chosen, labels)
+                continue
+            keys = torch.cat([state(folder, task)["router.0"] for task in range(t + 1)])
+            route = F.cosine_similarity(query[:, None], keys[None], dim=-1).argmax(1)
+            assert found["keys"]["accuracy"][t][i] == right(by_module[route, range(len(route))], labels)
+            assert found["keys"]["selection"][t][i] == pytest.approx(percent(route, torch.tensor(i)))
+
+
+@pytest.mark.parametrize(("kind", "method", "pool"), [("two", Norms(), "cls"), ("rich", LoRA(rank=2), "cls_mean")])
+def test_the_joint_bound_is_that_of_a_naive_run(
+    kind: str, method: Method, pool: str, finished: dict[str, Path], shards: dict[str, Path]
+) -> None:
+    folder, by_task = finished[kind], []
+    vit = source()
+    adapt(vit, method)
+    vit.load_state_dict(read_tensors(folder / "joint" / "adapter.safetensors")[0], strict=False)
+    head = read_tensors(folder / "joint" / "head.safetensors")[0]
+    for labels in TASKS:
+        cls, mean, truth = seen(vit.eval(), shards["test"], labels)
+        features = {"cls": cls, "cls_mean": torch.cat([cls, mean], 1)}[pool]
+        by_task.append(percent(F.linear(features, head["weight"], head["bias"]).argmax(1), truth))
+    joint = results(folder)["joint"]
+    assert joint["by_task"] == pytest.approx(by_task)
+    assert joint["accuracy"] == pytest.approx(sum(by_task) / 3)
+    assert joint["low"] <= joint["accuracy"] <= joint["high"]
+
+
+def test_the_analytic_head_learns_all_that_was_routed(finished: dict[str, Path], shards: dict[str, Path]) -> None:
+    """Its sums are those of the features of all training images, each by the module that the first router chose."""
+    folder = finished["rich"]
+    gram = torch.zeros(64, 64, dtype=torch.float64)
+    for t in range(3):
+        query, _, _ = seen(source(), shards["train"], TASKS[t])
+        keys = torch.cat([state(folder, task)["router.0"] for task in range(t + 1)])
+        route = F.cosine_similarity(query[:, None], keys[None], dim=-1).argmax(1)
+        parts = [seen(module(folder, task, LoRA(rank=2)), shards["train"], TASKS[t])[:2] for task in range(t + 1)]
+        features = torch.stack([torch.cat(part, 1) for part in parts])[route, range(len(route))].double()
+        gram += features.T @ features
+        assert_close(state(folder, t)["head.gram"], gram, atol=1e-3, rtol=1e-4)
+
+
+def test_each_router_asks_what_it_remembers(finished: dict[str, Path], shards: dict[str, Path]) -> None:
+    folder, routers = finished["rich"], [Keys(), Keys(learnt=False), Prototypes(per_task=2)]
+    found = results(folder)["variants"]
+    queries = [seen(source(), shards["test"], labels)[0] for labels in TASKS]
+    for number, router in enumerate(routers):
+        remembered = [state(folder, task)[f"router.{number}"] for task in range(3)]
+        assert all(len(known) == (2 if number == 2 else 1) for known in remembered)
+        right = [percent(router.route(query, remembered), torch.tensor(i)) for i, query in enumerate(queries)]
+        assert found[router.label]["selection"][2] == pytest.approx(right)
+
+
+def test_what_is_reported(finished: dict[str, Path]) -> None:
+    for kind, folder in finished.items():
+        found = results(folder)
+        summary = json.loads((folder / "summary.json").read_text())
+        first = {"two": "keys", "one": "one_pass", "rich": "keys"}[kind]
+        assert [len(names) for names in found["tasks"]] == [4, 4, 2]
+        assert (found["train_images"], found["test_images"]) == ([12, 12, 6], [4, 4, 2])
+        # 5 norms of scale and shift, with key and attention; q and v of two blocks at rank 2
+        assert found["module_parameters"] == {"two": 320, "one": 640, "rich": 2 * 2 * 2 * 2 * 32}[kind]
+        assert summary["average"] == found["variants"][first]["average"]
+        for variant in found["variants"].values():
+            assert [len(row) for row in variant["accuracy"]] == [1, 2, 3]
+            assert variant["low"] <= variant["average"] <= variant["high"]
+            assert variant["average"] == pytest.approx(sum(variant["accuracy"][-1]) / 3)
+        assert found["variants"]["oracle"]["selection"] is None
+        assert (folder / "report.html").is_file()
+    routers = ["oracle", "keys", "closed_form_keys", "prototypes"]
+    rich = results(finished["rich"])["variants"]
+    assert list(rich) == [label + corrected for label in routers for corrected in ("", " + arc")]
+    assert rich["keys"]["selection"] == rich["keys + arc"]["selection"]
+    assert rich["keys"]["accuracy"][0] == rich["keys + arc"]["accuracy"][0]  # nothing to correct in the first task
+
+
+def test_classes_to_come_are_never_decided_for() -> None:
+    logits, owner = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([0, 1, -1, 2])
+    assert [int(stage.decided(logits, owner, task)) for task in range(3)] == [0, 1, 3]
+
+
+# What must not move
+
+
+@pytest.mark.parametrize("kind", ["two", "one"])
+def test_with_the_true_task_nothing_is_forgotten(kind: str, making: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of the first task's classes are the same bits after all later tasks; so are its files."""
+    logits, kept = [], []
+    decide, judge = stage._Course._decide, stage._Course.judge
+
+    def deciding(self: Any, features: list[Tensor], task: int) -> list[Tensor]:
+        logits.append(self.config.head.logits(self.head, features[0])[:, :4])
+        return decide(self, features, task)
+
+    def judging(self: Any, task: int) -> None:
+        before = files(Path(self.config.out))
+        judge(self, task)
+        assert files(Path(self.config.out)) == before  # the head's stage leaves modules and keys
+        kept.append(before)
+
+    monkeypatch.setattr(stage._Course, "_decide", deciding)
+    monkeypatch.setattr(stage._Course, "judge", judging)
+    explora.continual(making(joint=None, **KINDS[kind]))
+    told = logits[::2]  # before the variant that chooses
+    assert len(told) == len(kept) == 3
+    assert torch.equal(told[0], told[1])
+    assert torch.equal(told[0], told[2])
+    assert all(kept[0].items() <= later.items() for later in kept)
+    assert len(kept[2]) == 3 * len(kept[0])
+
+
+def test_only_the_rows_of_a_task_change(finished: dict[str, Path]) -> None:
+    """In the head that judges, and in the one that modules are trained with."""
+    folder = finished["two"]
+    for name in ("head.weight", "head.bias"):
+        before, after = state(folder, 0)[name], state(folder, 1)[name]
+        assert [torch.equal(*rows) for rows in zip(before, after, strict=True)] == [True] * 4 + [False] * 4 + [True] * 2
+    heads = [read_tensors(folder / f"task0{task}" / "module" / "head.safetensors")[0]["weight"] for task in (0, 1)]
+    assert [torch.equal(*rows) for rows in zip(*heads, strict=True)] == [True] * 4 + [False] * 4 + [True] * 2
+
+
+def test_keys_do_not_know_what_modules_learn(finished: dict[str, Path]) -> None:
+    for task in range(3):
+        assert torch.equal(state(finished["two"], task)["router.0"], state(finished["rich"], task)["router.0"])
+
+
+def test_a_warm_start_is_the_only_tie_between_modules(shards: dict[str, Path], tmp_path: Path) -> None:
+    """Without it a task's module is the same wherever the task comes."""
+    classes = ShardSet.open(shards["train"]).classes
+    assert classes is not None
+    one, other = classes[:4], classes[4:8]
+
+    def modules(name: str, *tasks: list[str], **changes: Any) -> list[dict[str, Tensor]]:
+        out = tmp_path / name
+        explora.continual(teaching(shards, out, tasks={"classes": tasks}, joint=None, **changes))
+        return [learnt(out, task) for task in (0, 1)]
+
+    forth = modules("forth", one, other, warm_start=False)
+    back = modules("back", other, one, warm_start=False)
+    warm = modules("warm", one, other)
+    assert [same(*pair) for pair in zip(forth, reversed(back), strict=True)] == [True, True]
+    assert [same(*pair) for pair in zip(forth, warm, strict=True)] == [True, False]
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("name", sorted(test_methods.SAMPLES))
+def test_what_any_method_has_learnt_comes_back_from_its_file(name: str, making: Make, tmp_path: Path) -> None:
+    """Gates and buffers included; not yet settled, so that the next task can go on from it."""
+    config = validate(ContinualConfig, making(adapt={"name": name, **test_methods.SAMPLES[name]}))
+    vit = test_methods.tiny()
+    objective = task_modules.build(config, copy.deepcopy(vit), 10)
+    test_methods.train(objective.backbone, config.adapt)
+    task_modules.Learnt(objective).save(tmp_path)
+    modules = task_modules.TaskModules(config, vit, ShardSet.open(config.train), [])
+    expected = test_methods.outputs(objective.backbone.eval())
+    assert_close(test_methods.outputs(modules.plain(tmp_path)), expected, atol=1e-5, rtol=1e-5)
+    warm = task_modules.build(config, copy.deepcopy(vit), 10)
+    task_modules.fill(warm.backbone, read_tensors(tmp_path / "adapter.safetensors")[0])
+    assert torch.equal(test_methods.outputs(warm.backbone.eval()), expected)
+
+
+# Stops
+
+
+@pytest.mark.parametrize("kind", ["two", "one"])
+def test_a_run_that_stops_anywhere_ends_alike(kind: str, finished: dict[str, Path], making: Make) -> None:
+    """In the training of the second module, before it is judged, and in the joint training."""
+    config = making(**KINDS[kind])
+    out = Path(config["out"])
+    train, judge = Training._train, stage._Course.judge
+
+    def stopping(folder: str) -> Callable[..., Any]:
+        def step(self: Training, given: Any, *others: Any) -> Any:
+            if self.run.folder == out / folder and given.index == 1:
+                raise Stop
+            return train(self, given, *others)
+
+        return step
+
+    def judging(self: Any, task: int) -> None:
+        if task == 1:
+            raise Stop
+        judge(self, task)
+
+    for target, name, act in (
+        (Training, "_train", stopping("task01/module")),
+        (stage._Course, "judge", judging),
+        (Training, "_train", stopping("joint")),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(target, name, act)
+            with pytest.raises(Stop):
+                explora.continual(config)
+        assert explora.report(out).is_file()
+        assert len(results(out)["variants"]["oracle"]["accuracy"]) == len([*out.glob("task*/state.safetensors")])
+    again = explora.continual(config)
+    assert results(out) == results(finished[kind])
+    assert files(out) == files(finished[kind])
+    assert explora.continual(config).results == again.results
+
+
+def test_other_weights_are_refused_on_the_way(making: Make) -> None:
+    config = making(tasks={"size": 5}, joint=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.TaskModules, "learn", _second_fails(stage.TaskModules.learn))
+        with pytest.raises(Stop):
+            explora.continual(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "fingerprint", lambda _: "other")
+        with pytest.raises(RunError, match="was made from other images or weights"):
+            explora.continual(config)
+
+
+def _second_fails(learn: Callable[..., None]) -> Callable[..., None]:
+    def learning(self: Any, task: int) -> None:
+        if task:
+            raise Stop
+        learn(self, task)
+
+    return learning
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"passes": 1, "adapt": {"name": "lora"}}, "passes: 1 needs adapt norms, got 'lora'"),
+        ({"passes": 1, "routers": [{"name": "keys"}]}, "leave routers out"),
+        ({"passes": 1, "objective": {"drop_path": 0.1}}, "objective.drop_path: must be 0 with passes 1"),
+        ({"passes": 1, "warm_start": False}, "warm_start: false has no meaning with passes 1"),
+        ({"passes": 1, "loop": {"compile": True}}, "passes 1 runs without compile"),
+        ({"passes": 1, "model": {**MODEL, "options": {**MODEL["options"], "qk_norm": True}}}, "set passes: 2"),
+        ({"passes": 3}, "passes: expected 1 or 2"),
+        ({"routers": []}, "routers: "),
+        ({"routers": [{"name": "keys"}, {"name": "keys", "lr": 1}]}, "routers: keys more than once"),
+        ({"joint": "10%"}, "joint: cannot be a percentage"),
+        ({"arc": {"beta": 0.7}, "head": {"name": "analytic"}}, "arc.beta: only a linear head"),
+        ({"tasks": {"size": 10}}, "cut them into two or more"),
+        ({"tasks": {"classes": [["forest"], ["rivver"]]}}, "did you mean 'river'"),
+        ({"batch_size": 7, "objective": {"mixup": 0.8}}, "mix pairs, but a micro-batch of a rank has 7"),
+        ({"optim": {"rules": [{"match": "lorra", "lr": 1}]}}, "no trained parameter matches"),
+        ({"adapt": {"name": "last", "blocks": 9}}, "adapt.blocks: 9 of a model of 2"),
+    ],
+)
+def test_mistakes_show_before_anything_is_learnt(making: Make, changes: dict[str, Any], words: str) -> None:
+    config = making(**changes)
+    for verb in (explora.check, explora.continual):
+        with pytest.raises(ConfigError, match=words):
+            verb(config)
+    assert not Path(config["out"]).exists()
+
+
+def test_data_that_cannot_be_judged_is_refused(making: Make, shards: dict[str, Path]) -> None:
+    config = making(test=str(shards["source_test"]))
+    for verb in (explora.check, explora.continual):
+        with pytest.raises(DataError, match="has other classes than"):
+            verb(config)
+
+
+def test_check_tells_the_tasks(making: Make, tmp_path: Path, explora_command: Callable[..., Answer]) -> None:
+    config = making(passes=1)
+    (tmp_path / "continual.yaml").write_text(json.dumps(config))
+    answer = explora_command("check", tmp_path / "continual.yaml")
+    assert answer.code == 0, answer.err
+    assert "640 trained of" in answer.out
+    assert "task 2                residential, river" in answer.out
+    assert answer.out.rstrip().endswith("ready to run")
+    text = explora.check(config, {"test": "nowhere"})
+    assert "test: nowhere does not exist" in text
+    assert "known when both sets of shards are there" in text
+    assert not Path(config["out"]).exists()
+
+
+def test_launching_is_one_job_that_trains(making: Make, slurm: Fakes, tmp_path: Path) -> None:
+    assert slurm
+    (tmp_path / "clusters.yaml").write_text(json.dumps({"site": {"kind": "slurm", "nodes": 2}}))
+    text = launch.submit(making(), cluster="site", dry_run=True)
+    assert re.findall(r"^# ---- (\w+)", text, re.MULTILINE) == ["continual"]
+    assert "#SBATCH --nodes=2\n" in text
+    with pytest.raises(ConfigError, match="batch_size: 7 cannot be cut"):
+        launch.submit(making(batch_size=7), cluster="site", dry_run=True)
