@@ -164,7 +164,7 @@ def test_attach_refuses_what_does_not_belong_and_changes_nothing(tmp_path):
     backbone = save_backbone(tmp_path / "backbone.safetensors", tiny())
     for base, path, says in (
         (tiny(1), adapter, "other base weights"),
-        (tiny(depth=2), adapter, r"does not fit this explora or this model: adapt\.blocks: \[2\] outside"),
+        (tiny(depth=2), adapter, r"does not fit this model: adapt\.blocks: \[2\] outside"),
         (tiny(), unknown, "did you mean 'lora'"),
         (tiny(), backbone, "is no adapter; give the adapter.safetensors"),
     ):

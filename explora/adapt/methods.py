@@ -39,6 +39,21 @@ class _Recorded(Config):
     """The method that was trained, with all its settings."""
 
 
+def method_of(path: str | Path) -> AnyMethod:
+    """The method that an adapter.safetensors was trained with.
+
+    Raises:
+        WeightsError: the file is no adapter, or one of another version of explora.
+    """
+    recorded = read_tensors(path)[1].get("method")
+    if recorded is None:
+        raise WeightsError(f"{path}: is no adapter; give the adapter.safetensors that a training stage left")
+    try:
+        return validate(_Recorded, {"method": recorded}, path).method
+    except ConfigError as error:
+        raise WeightsError(f"{path}: does not fit this explora: {error}") from None
+
+
 def attach(vit: ViT, path: str | Path) -> None:
     """Give a plain backbone what an adapter.safetensors has learnt; it is the merged plain backbone afterwards.
 
@@ -48,16 +63,12 @@ def attach(vit: ViT, path: str | Path) -> None:
     Raises:
         WeightsError: the file is no adapter, or was trained on another base.
     """
-    recorded = read_tensors(path)[1].get("method")
-    if recorded is None:
-        raise WeightsError(f"{path}: is no adapter; give the adapter.safetensors that a training stage left")
-    adapted = copy.deepcopy(vit)
+    method, adapted = method_of(path), copy.deepcopy(vit)
     try:
-        method = validate(_Recorded, {"method": recorded}, path).method
         method.modify(adapted)
     except ConfigError as error:
-        raise WeightsError(f"{path}: does not fit this explora or this model: {error}") from None
-    load_adapter(path, adapted, recorded)
+        raise WeightsError(f"{path}: does not fit this model: {error}") from None
+    load_adapter(path, adapted, method.model_dump(mode="json"))
     state = adapted.state_dict()
     method.merge(adapted)
     # All that could fail has been tried on a copy.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Mapping
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from explora import config as configs
+from explora.adapt.methods import method_of
 from explora.data import ShardSet
 from explora.errors import ConfigError, DataError, RunError
 from explora.models import ModelConfig, ViT, load_model
 from explora.models.exports import FORMATS, UNKNOWN, Content, Facts, card, new_folder
 from explora.models.files import SIDECAR
+from explora.models.vit import Options
 
 logger = logging.getLogger("explora")
 FormatName = Literal["timm", "huggingface", "dinov2", "adapter", "peft", "onnx"]
@@ -78,7 +81,15 @@ def _content(vit: ViT, stage: Path | None, adapter: Path | None) -> Content:
         inferred=vit.source is not None and vit.source.inferred,
         adapter=adapter,
         source=None if source is None else _short(Path(source)),
+        source_options=None if adapter is None else _options_before(vit, adapter),
     )
+
+
+def _options_before(vit: ViT, adapter: Path) -> Options:
+    """timm options of the model that training started from: a method may have added blocks."""
+    source = copy.deepcopy(vit)
+    method_of(adapter).strip(source)
+    return source.options
 
 
 def _short(path: Path) -> str:

@@ -159,8 +159,7 @@ class TaskModules:
     def learn(self, task: int) -> None:
         """Train the module of a task, unless that has been done; every rank must ask."""
         seeded(self.config.seed)
-        past = [self.values(earlier) for earlier in range(task)] if self.config.passes == 1 else []
-        objective = build(self.config, copy.deepcopy(self.source), self._classes, past)
+        objective = build(self.config, copy.deepcopy(self.source), self._classes)
         if task:
             before = self.folder(task - 1)
             objective.head.load_state_dict(read_tensors(before / HEAD)[0])
@@ -212,15 +211,11 @@ class TaskModules:
                 run.finish(train(run, own, own.seed, objective, Learnt(objective), images, stage))
 
 
-def build(config: ContinualConfig, vit: ViT, classes: int, past: Sequence[Values] = ()) -> Supervised:
-    """Adapt a backbone, in place, for the module of a task, and put a fresh head on it.
-
-    Args:
-        past: for one pass, what the modules of earlier tasks have learnt.
-    """
+def build(config: ContinualConfig, vit: ViT, classes: int) -> Supervised:
+    """Adapt a backbone, in place, for the module of a task, and put a fresh head on it."""
     if config.passes == 2:
         return finetune.build(config, Loaded(vit, None, {}), classes)
-    passing = put_on(vit, past, config.seed)
+    passing = put_on(vit, [], config.seed)
     expects(vit, config.views)
     adapt(vit, config.adapt)
     objective = _Keyed(config.objective, vit, classes)

@@ -26,7 +26,7 @@ from explora.models import ModelConfig, load_model
 
 folder = "."  # where this file lies
 source = {content.source!r}  # the weights that training started from
-model = {reading(content.vit, "source")}
+model = {reading(content.vit, "source", content.source_options)}
 attach(model, f"{{folder}}/adapter.safetensors")
 {batch(content)}
 with torch.no_grad():

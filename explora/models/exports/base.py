@@ -16,7 +16,7 @@ from torch import Tensor
 
 from explora.bands import RGB, Unit
 from explora.errors import RunError, WeightsError
-from explora.models.vit import ViT
+from explora.models.vit import Options, ViT
 from explora.runs import sync
 
 UNITS: Mapping[Unit, str] = {
@@ -42,6 +42,8 @@ class Content:
     """adapter.safetensors of the stage, where there is one."""
     source: str | None = None
     """Name of the file that training started from, `timm` for timm's own; None where nobody knows."""
+    source_options: Options | None = None
+    """timm options of the model that training started from, where the method has changed them."""
 
 
 class Format(abc.ABC):
@@ -121,9 +123,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     path.write_bytes(save(contiguous, {"format": "pt", **(metadata or {})}))
 
 
-def reading(vit: ViT, weights: str) -> str:
-    """The Python expression that reads `weights` (an expression itself) into this architecture through explora."""
-    facts: dict[str, Any] = {"name": vit.name, "options": vit.options, "image_size": vit.image_size}
+def reading(vit: ViT, weights: str, options: Options | None = None) -> str:
+    """The Python expression that reads `weights` (an expression itself) into this architecture through explora.
+
+    Args:
+        options: timm's, where they are not the model's own.
+    """
+    options = vit.options if options is None else options
+    facts: dict[str, Any] = {"name": vit.name, "options": options, "image_size": vit.image_size}
     facts |= {"positions": vit.position_mode, "channel_groups": vit.channel_groups}
     facts |= {"bands": None if vit.bands == RGB and vit.channel_groups is None else vit.bands}
     words = [f"{name}={value!r}" for name, value in facts.items() if value]
