@@ -15,6 +15,7 @@ from explora.adapt import AnyMethod, Method
 from explora.config import Config
 from explora.data import AnyViews, Views
 from explora.evaluation import AnyEvaluator, Evaluator
+from explora.incremental import AnyHead, AnyRouter, Head, Router
 from explora.models import exports, formats
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +160,8 @@ def subclasses(kind: type, room: str) -> set[type]:
         (Method, AnyMethod, "explora.adapt"),
         (Views, AnyViews, "explora.data"),
         (Evaluator, AnyEvaluator, "explora.evaluation"),
+        (Router, AnyRouter, "explora.incremental"),
+        (Head, AnyHead, "explora.incremental"),
     ],
 )
 def test_whatever_a_room_defines_can_be_named_in_a_config(kind: type[Config], union: Any, room: str) -> None:

@@ -257,6 +257,14 @@ def test_a_deeper_model_can_be_exported(tmp_path: Path, format: str, kind: str) 
     assert torch.equal(outputs(again), outputs(vit))
 
 
+def test_an_adapters_card_reads_the_shallower_source(tmp_path: Path) -> None:
+    vit = stage(tmp_path / "run", tiny("plain"), Expansion(every=1))
+    out = explora.export(tmp_path / "run", tmp_path / "out", "adapter")
+    found = follow(out, source=tmp_path / "source.safetensors")
+    for ours, name in zip(encoded(vit, found["images"]), ("cls", "patches"), strict=True):
+        assert_close(found[name], ours)
+
+
 def test_the_card_says_what_another_depth_needs_in_dinov2s_own_code() -> None:
     vit = meta("vit_small_patch14_dinov2")
     content, said = Content(vit, "Apache-2.0"), "these 15 blocks need its DinoVisionTransformer"

@@ -52,15 +52,13 @@ def continual_table(folder: Path) -> str:
 
 def _render(run: Continual) -> str:
     """The page as text."""
-    loader = PackageLoader("explora.reporting", ".")
-    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    pages = Environment(
+        loader=PackageLoader("explora.reporting", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     pages.filters.update(percent=words.percent, count=words.count, duration=words.duration)
-    # One look for both pages.
-    style = loader.get_source(pages, "page.html")[0].partition("<style>")[2].partition("</style>")[0]
     return pages.get_template("continual.html").render(
         run=run,
         title=run.path.resolve().name or "run",
-        style=Markup(style),
         headline=_headline(run),
         strip=list(_strip(run)),
         table=[(variant.name, variant is run.main, _cells(variant)) for variant in run.variants],
