@@ -9,7 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from explora.adapt import ExPLoRA, Frozen, Full, LoRA
+    from explora.adapt import (
+        APT,
+        IA3,
+        Bias,
+        DiffPruning,
+        Expansion,
+        ExPLoRA,
+        Frozen,
+        Full,
+        Last,
+        LoRA,
+        Norms,
+        Selective,
+        SynQT,
+    )
     from explora.evaluation import KNN, FewShot, Linear, LogisticRegression
     from explora.models import load_backbone
     from explora.objectives import DINOv2, Supervised
@@ -35,7 +49,21 @@ _HOMES = {
     "explora.stages.pretrain": ("pretrain",),
     "explora.stages.probe": ("probe",),
     "explora.stages.shards": ("index", "stats", "verify"),
-    "explora.adapt": ("ExPLoRA", "Frozen", "Full", "LoRA"),
+    "explora.adapt": (
+        "APT",
+        "Bias",
+        "DiffPruning",
+        "ExPLoRA",
+        "Expansion",
+        "Frozen",
+        "Full",
+        "IA3",
+        "Last",
+        "LoRA",
+        "Norms",
+        "Selective",
+        "SynQT",
+    ),
     "explora.evaluation": ("KNN", "FewShot", "Linear", "LogisticRegression"),
     "explora.models": ("load_backbone",),
     "explora.objectives": ("DINOv2", "Supervised"),

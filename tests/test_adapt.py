@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from explora.adapt import ExPLoRA, Frozen, Full, LoRA, Method, adapt, lora
 from explora.adapt.lora import LoRALinear
-from explora.adapt.places import Place
+from explora.adapt.places import Place, merge
 from explora.config import load
 from explora.engine.optim import OptimConfig, Optimizer
 from explora.errors import ConfigError
@@ -195,7 +195,7 @@ def test_any_module_with_timms_blocks_takes_low_rank_terms():
         parameter.normal_(std=0.1)
     adapted = nn.Sequential(*decoder.blocks)(x)
     assert not torch.allclose(adapted, before, atol=1e-2)
-    lora.merge(decoder)
+    merge(decoder)
     assert list(decoder.state_dict()) == names
     assert_close(nn.Sequential(*decoder.blocks)(x), adapted, atol=1e-4, rtol=1e-4)
 

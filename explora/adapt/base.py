@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from explora.adapt import places
 from explora.config import Config
 from explora.errors import ConfigError
 from explora.models.vit import ViT
@@ -19,11 +20,13 @@ Moments = Mapping[Any, Mapping[str, Any]]
 
 
 class Method(Config, abc.ABC):
-    """How a backbone may change. Subclasses set `name: Literal[...]`, by which a config picks them.
+    """How a backbone may change. Subclasses make `name` a `Literal`.
 
     The first four methods are the contract of all; the others are for methods with gates.
     """
 
+    name: str
+    """Picks the method."""
     whole: ClassVar[bool] = False
     """Whether every rank must hold all that learns: such a method runs under ddp, not in shards."""
     draws: ClassVar[bool] = False
@@ -40,9 +43,11 @@ class Method(Config, abc.ABC):
 
     def merge(self, vit: ViT) -> None:
         """Bring an adapted model back to the plain architecture, in place, with the same outputs."""
+        places.merge(vit)
 
     def strip(self, vit: ViT) -> None:
         """Take off again what `modify` put on, in place; parameters that were there before stay the same objects."""
+        places.strip(vit)
 
     @property
     def scale(self) -> float | None:
@@ -61,8 +66,8 @@ class Method(Config, abc.ABC):
         """What is added to the loss of each step beside the objective's, a scalar."""
         return None
 
-    def after_step(self, vit: ViT, moments: Moments, progress: Progress) -> None:
-        """What follows an optimizer step on the backbone, and, without moments, on its EMA teacher."""
+    def after_step(self, vit: ViT, moments: Moments | None, progress: Progress) -> None:
+        """What follows an optimizer step on the backbone; on its EMA teacher as well, which has no moments."""
 
     def health(self, vit: ViT) -> dict[str, float]:
         """Numbers for the log."""
@@ -116,7 +121,7 @@ def unplug(vit: ViT, method: Method, start: Mapping[str, Tensor] | None = None) 
         if parameter.requires_grad:
             if id(parameter) not in kept:
                 raise ConfigError(
-                    f"adapt: '{method.name}' has trained {name} itself; give unplug what "  # type: ignore[attr-defined]
+                    f"adapt: '{method.name}' has trained {name} itself; give unplug what "
                     "explora.adapt.snapshot gave before training, or load the source weights again"
                 )
             parameter.copy_(kept[id(parameter)])

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from explora.adapt import gates
 from explora.adapt.base import Method, Moments
-from explora.adapt.places import Place, Target, adopt, places, plain, replace
+from explora.adapt.places import Adopted, Place, Target, places, plain, replace
 from explora.errors import ConfigError, WeightsError
-from explora.models.additions import Addition
 from explora.models.vit import ViT
 from explora.schedules import Length, LengthField, Progress
 
@@ -23,7 +22,7 @@ FIXED = 1e6
 """+-alpha of gates that are fixed: so far out that an EMA teacher's gates follow with the first share they get."""
 
 
-class ChangedLinear(nn.Linear, Addition):
+class ChangedLinear(Adopted):
     """A linear layer whose frozen weight gets a change before each product."""
 
     def changed(self) -> Tensor:
@@ -33,6 +32,10 @@ class ChangedLinear(nn.Linear, Addition):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.changed(), self.bias)
 
+    def merged(self) -> nn.Linear:
+        with torch.no_grad():
+            return plain(self.eval(), self.changed())
+
 
 class DiffLinear(ChangedLinear):
     """weight + z w in equal parts of the output: `diff_w` and the gates' `diff_alpha`, (parts, out / pieces, in)."""
@@ -40,8 +43,7 @@ class DiffLinear(ChangedLinear):
     added = ("diff_w", "diff_alpha")
 
     def __init__(self, place: Place, alpha: float) -> None:
-        nn.Module.__init__(self)  # adopt the weight instead of allocating one
-        adopt(self, place.base)
+        super().__init__(place.base)
         self.parts, self.pieces = place.parts, place.pieces
         shape = len(place.parts), place.width, self.in_features
         like: Any = {"device": self.weight.device, "dtype": self.weight.dtype}
@@ -76,8 +78,7 @@ class SparseLinear(ChangedLinear):
     added = ("diff_values", "diff_places")
 
     def __init__(self, base: nn.Linear, count: int) -> None:
-        nn.Module.__init__(self)
-        adopt(self, base)
+        super().__init__(base)
         self.diff_values = nn.Parameter(self.weight.new_zeros(count))
         self.diff_places = nn.Buffer(torch.zeros(count, dtype=torch.int32, device=self.weight.device))
 
@@ -133,15 +134,10 @@ class DiffPruning(Method):
         return _is_own(name)
 
     def merge(self, vit: ViT) -> None:
-        for name, layer in _changed(vit):
+        for name, layer in vit.named_modules():
             if isinstance(layer, SparseLinear) and not layer.fits():
                 raise WeightsError(f"{name}: diff_places are outside the weight; this adapter file is damaged")
-            with torch.no_grad():
-                replace(vit, name, plain(layer, layer.eval().changed()))
-
-    def strip(self, vit: ViT) -> None:
-        for name, layer in _changed(vit):
-            replace(vit, name, plain(layer))
+        super().merge(vit)
 
     def lr(self, name: str) -> float | None:
         return self.alpha_lr if name.endswith("diff_alpha") else None
@@ -155,13 +151,13 @@ class DiffPruning(Method):
         return self.sparsity * torch.stack(counts).sum() if counts else None
 
     @torch.no_grad()
-    def after_step(self, vit: ViT, moments: Moments, progress: Progress) -> None:
+    def after_step(self, vit: ViT, moments: Moments | None, progress: Progress) -> None:
         """Choose what is kept when that is due. A teacher waits: the student's choice reaches it through its EMA."""
         layers = list(_gated(vit).values())
-        due = gates.reached(progress, self.project if moments else gates.END)
+        due = gates.reached(progress, gates.END if moments is None else self.project)
         if layers and due and not _fixed(layers[0]):
             for layer, chosen in zip(layers, self._chosen(layers), strict=True):
-                layer.fix(chosen, moments)
+                layer.fix(chosen, moments or {})
 
     @torch.no_grad()
     def health(self, vit: ViT) -> dict[str, float]:
@@ -206,10 +202,6 @@ def _is_own(name: str) -> bool:
 
 def _gated(vit: nn.Module) -> dict[str, DiffLinear]:
     return {name: module for name, module in vit.named_modules() if isinstance(module, DiffLinear)}
-
-
-def _changed(vit: nn.Module) -> list[tuple[str, ChangedLinear]]:
-    return [(name, module) for name, module in vit.named_modules() if isinstance(module, ChangedLinear)]
 
 
 def _fixed(layer: DiffLinear) -> bool:

@@ -52,9 +52,3 @@ class ExPLoRA(Method):
         if self.patch_embed and name.startswith("patch_embed."):
             return True
         return tokens.get(name, self.norms and is_norm(name))
-
-    def merge(self, vit: ViT) -> None:
-        lora.merge(vit)
-
-    def strip(self, vit: ViT) -> None:
-        lora.strip(vit)

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from explora.adapt.base import Method
-from explora.adapt.places import Place, Target, adopt, places, plain, replace
-from explora.models.additions import Addition
+from explora.adapt.places import Adopted, Place, Target, places, plain, replace
 from explora.models.vit import ViT
 
 _TARGETS: tuple[Target, ...] = ("k", "proj", "fc2")
 
 
-class _Scaled(nn.Linear, Addition):
+class _Scaled(Adopted):
     """A linear layer that adopts `weight` and `bias` of another; `ia3_offset` joins them, by which a factor is off 1.
 
     An offset, because weight decay draws to zero, and zero is to be where nothing changes.
@@ -25,8 +24,7 @@ class _Scaled(nn.Linear, Addition):
     added = ("ia3_offset",)
 
     def __init__(self, base: nn.Linear, width: int) -> None:
-        nn.Module.__init__(self)  # adopt the weight instead of allocating one
-        adopt(self, base)
+        super().__init__(base)
         like: Any = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.ia3_offset = nn.Parameter(torch.zeros(width, **like))
 
@@ -41,7 +39,6 @@ class ScaledInputs(_Scaled):
         return F.linear((x * (1 + self.ia3_offset)).to(x.dtype), self.weight, self.bias)
 
     def merged(self) -> nn.Linear:
-        """A plain layer with the same outputs."""
         with torch.no_grad():
             return plain(self, self.weight * (1 + self.ia3_offset))
 
@@ -61,7 +58,6 @@ class ScaledKeys(_Scaled):
         return (y * self._factors()).to(y.dtype)  # bf16 stays bf16 under autocast, for attention
 
     def merged(self) -> nn.Linear:
-        """A plain layer with the same outputs."""
         with torch.no_grad():
             factors = self._factors()
             bias = None if self.bias is None else self.bias * factors
@@ -88,13 +84,3 @@ class IA3(Method):
 
     def trains(self, name: str, vit: ViT) -> bool:
         return name.endswith(".ia3_offset")
-
-    def merge(self, vit: ViT) -> None:
-        for name, module in list(vit.named_modules()):
-            if isinstance(module, ScaledInputs | ScaledKeys):
-                replace(vit, name, module.merged())
-
-    def strip(self, vit: ViT) -> None:
-        for name, module in list(vit.named_modules()):
-            if isinstance(module, _Scaled):
-                replace(vit, name, plain(module))

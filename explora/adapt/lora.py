@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from explora.adapt.base import Method
-from explora.adapt.places import Place, Target, adopt, places, plain, replace
+from explora.adapt.places import Adopted, Place, Target, places, plain, replace
 from explora.errors import ConfigError
-from explora.models.additions import Addition
 from explora.models.vit import ViT
 
 MAX_SCALE = 16.0
 """The largest factor on low-rank terms that is taken for meant: practice is 1/64 to 2."""
 
 
-class LoRALinear(nn.Linear, Addition):
+class LoRALinear(Adopted):
     """y = W x + b + s B (A x), for the whole output or for some of its equal parts.
 
     It adopts `weight` and `bias` of the layer it replaces, so their names stay; `lora_a` (parts x rank, in) and
@@ -41,8 +40,7 @@ class LoRALinear(nn.Linear, Addition):
     lora_m: nn.Parameter | None
 
     def __init__(self, place: Place, rank: int, scale: float, dora: bool = False) -> None:
-        nn.Module.__init__(self)  # adopt the weight instead of allocating one
-        adopt(self, place.base)
+        super().__init__(place.base)
         self.parts, self.pieces, self.rank, self.scale = place.parts, place.pieces, rank, scale
         like: Any = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.lora_a = nn.Parameter(torch.empty(len(self.parts) * rank, self.in_features, **like))
@@ -66,7 +64,6 @@ class LoRALinear(nn.Linear, Addition):
         return y + (gain - 1).to(y.dtype) * unbiased + F.linear(low, gain[:, None] * b)
 
     def merged(self) -> nn.Linear:
-        """A plain layer with the same outputs."""
         with torch.no_grad():
             weight = self.weight + self.scale * (self._stacked(self.terms()) @ self.lora_a)
             return plain(self, weight if self.lora_m is None else self._gain(self.lora_m)[:, None] * weight)
@@ -125,18 +122,12 @@ class LoRA(Method):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def modify(self, vit: ViT) -> None:
-        refuse_scale(self.rank, self.scale, rslora=self.rslora)
+        refuse_scale(self.rank, self.scale, rslora=self.rslora)  # `insert` would say it of alpha / rank
         make = partial(LoRALinear, dora=self.dora)
         insert(vit, range(vit.depth), self.targets, self.rank, self.scale, make=make)
 
     def trains(self, name: str, vit: ViT) -> bool:
         return is_lora(name)
-
-    def merge(self, vit: ViT) -> None:
-        merge(vit)
-
-    def strip(self, vit: ViT) -> None:
-        strip(vit)
 
 
 def is_lora(name: str) -> bool:
@@ -189,17 +180,3 @@ def refuse_rank(place: Place, rank: int, key: str = "adapt") -> None:
             f"{key}: rank {rank} of the low-rank terms: {place.name} is {most} wide, so only a rank below that "
             f"is low; take {max(1, most // 4)} or less, or let the whole of it learn instead"
         )
-
-
-def merge(model: nn.Module) -> None:
-    """Fold every low-rank term into its weight, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            replace(model, name, module.merged())
-
-
-def strip(model: nn.Module) -> None:
-    """Take every low-rank term off again, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            replace(model, name, plain(module))

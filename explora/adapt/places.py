@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from explora.errors import ConfigError
+from explora.models.additions import Addition
 
 Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
 _MODULES: dict[str, tuple[str, ...]] = {
@@ -16,7 +18,6 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "fc1": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),  # a SwiGLU may keep its gate apart
     "fc2": ("mlp.fc2",),
 }
-M = TypeVar("M", bound=nn.Linear)
 
 
 class Place(NamedTuple):
@@ -61,11 +62,33 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def adopt(layer: M, base: nn.Linear) -> M:
-    """A new layer, on which only `nn.Module.__init__` has run, takes over a linear layer's weight and bias."""
-    layer.in_features, layer.out_features = base.in_features, base.out_features
-    layer.weight, layer.bias = base.weight, base.bias
-    return layer
+class Adopted(nn.Linear, Addition, abc.ABC):
+    """A linear layer that took over another's `weight` and `bias`, so that their names stay; others join them."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        nn.Module.__init__(self)  # a linear layer's own would allocate a weight
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+
+    @abc.abstractmethod
+    def merged(self) -> nn.Linear:
+        """A plain layer with the same outputs."""
+
+
+def merge(model: nn.Module) -> None:
+    """Fold what methods put into linear layers into plain ones with the same outputs, in place."""
+    for name, layer in _adopted(model):
+        replace(model, name, layer.merged())
+
+
+def strip(model: nn.Module) -> None:
+    """Put the layers back that others took over, in place, with the very parameters."""
+    for name, layer in _adopted(model):
+        replace(model, name, plain(layer))
+
+
+def _adopted(model: nn.Module) -> list[tuple[str, Adopted]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Adopted)]
 
 
 def plain(layer: nn.Linear, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> nn.Linear:

@@ -113,12 +113,6 @@ class Selective(Method):
     def trains(self, name: str, vit: ViT) -> bool:
         return _is_own(name)
 
-    def merge(self, vit: ViT) -> None:
-        lora.merge(vit)
-
-    def strip(self, vit: ViT) -> None:
-        lora.strip(vit)
-
     def lr(self, name: str) -> float | None:
         return self.score_lr if name.endswith("lora_score") else None
 
@@ -132,7 +126,7 @@ class Selective(Method):
         return self.sparsity * torch.cat([layer.lora_score for layer in layers.values()]).abs().mean()
 
     @torch.no_grad()
-    def after_step(self, vit: ViT, moments: Moments, progress: Progress) -> None:
+    def after_step(self, vit: ViT, moments: Moments | None, progress: Progress) -> None:
         """Keep to the budget, and what is closed where it is."""
         layers = list(_gated(vit).values())
         if self.top_k is not None and layers and gates.reached(progress, self.warmup):
@@ -141,7 +135,7 @@ class Selective(Method):
             for layer, part in zip(layers, within, strict=True):
                 layer.lora_score.copy_(part)
         for layer in layers:
-            layer.hold(moments)
+            layer.hold(moments or {})
 
     def health(self, vit: ViT) -> dict[str, float]:
         layers = _gated(vit).values()

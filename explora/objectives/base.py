@@ -92,7 +92,7 @@ class Objective(nn.Module, abc.ABC):
         self.after_step(progress)
         self.method.after_step(self.backbone, moments, progress)
         if self.result is not self.backbone:
-            self.method.after_step(self.result, {}, progress)
+            self.method.after_step(self.result, None, progress)
 
     def health(self) -> dict[str, float]:
         """Numbers about the last step that are no sums over its parts; every rank must ask. Waits for the device."""
