@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A process a core, and each file of tests in one process: what a file makes once is made once.
+PARALLEL := -n auto --dist loadfile
 
 .PHONY: demo test test-slurm check format demo-source clean
 
@@ -11,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/explora demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # Brings up a SLURM of emulated hosts for it: needs root, and Debian's packages, which it installs. Minutes.
 test-slurm: $(STAMP)
@@ -21,7 +23,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

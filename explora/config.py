@@ -186,6 +186,8 @@ def _problems(kind: type[Config], raw: Any, error: ValidationError) -> Iterator[
     found: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         path, problem = _problem(kind, raw, item)
+        if item["type"] == "too_short" and any(other.startswith(f"{path}.") for other in found):
+            continue  # what is wrong with its items has left it without them
         if problem not in found.setdefault(path, []):
             found[path].append(problem)
     for path, problems in found.items():
@@ -211,8 +213,12 @@ def _problem(kind: type[Config], raw: Any, item: Any) -> tuple[str, str]:
     if item["type"] == "union_tag_invalid":
         tag, tags = item["ctx"]["tag"], item["ctx"]["expected_tags"]
         return path, f"expected one of {tags}, got {tag!r}" + _nearest(tag, re.findall("'([^']*)'", tags))
-    if item["type"] in _EXPECTED:
+    if item["type"] == "too_short":
+        message = f"expected at least {item['ctx']['min_length']} of them"
+    elif item["type"] in _EXPECTED:
         message = f"expected {_EXPECTED[item['type']]}"
+        if isinstance(shown, str) and "mapping" in message and "name" in _known_keys(kind, raw, (*item["loc"], "")):
+            return path, f"{message}, got {shown!r}; write {{name: {shown}}}"
     else:
         message = re.sub("^Input should be (?=greater|less|a multiple)", "expected a value ", item["msg"])
         message = message.removeprefix("Value error, ").replace("Input should be", "expected", 1)

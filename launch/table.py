@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -100,20 +101,33 @@ def look(run: str | Path) -> tuple[list[Row], bool]:
 
 
 def _row(job: Job, state: State) -> Row:
-    done = progress(job) if job.stage in ("pretrain", "finetune") else None
+    training, done = _training(job)
     why = f" ({shorten(state.reason, _REASON, placeholder='...')})" if state.name == "PENDING" and state.reason else ""
     return Row(
         run=_short(job.out),
         stage=job.stage,
         job=job.id,
         state=state.name + why,
-        step="" if done is None else f"{done.step}/{done.steps or '?'}",
+        step="" if done is None else f"{training} {done.step}/{done.steps or '?'}".strip(),
         eta=_eta(done) if state.name == "RUNNING" else "",
         loss="" if done is None or done.loss is None else f"{done.loss:.4f}",
         requeues=str(state.requeues or ""),
         node=state.node if state.active or state.name == "NODE_FAIL" else "",
         log=_short(job.log),
     )
+
+
+def _training(job: Job) -> tuple[str, Progress | None]:
+    """Which of a stage's trainings runs, where it has several, and how far that is."""
+    if job.stage in ("pretrain", "finetune"):
+        return "", progress(job)
+    if job.stage == "continual":
+        out = Path(job.folder)
+        trainings = [*sorted(out.glob("task*/module")), *out.glob("joint")]
+        if trainings and (done := progress(replace(job, folder=str(trainings[-1])))):
+            # Nothing is known of the time that the tasks to come will take.
+            return trainings[-1].relative_to(out).parts[0], done._replace(eta=None)
+    return "", None
 
 
 def _eta(done: Progress | None) -> str:

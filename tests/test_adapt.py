@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from explora.adapt import ExPLoRA, Frozen, Full, LoRA, Method, adapt, lora
+from explora.adapt import ExPLoRA, Frozen, Full, LoRA, Method, SynQT, adapt, lora
 from explora.adapt.lora import LoRALinear
 from explora.adapt.places import Place, merge
 from explora.config import load
@@ -245,6 +245,19 @@ def test_what_counts_is_alpha_over_rank(method, scale):
     adapt(vit, method)
     layers = [module for module in vit.modules() if isinstance(module, LoRALinear)]
     assert {layer.scale for layer in layers} == {scale}
+
+
+# Drop path
+
+
+def test_drop_path_leaves_out_as_much_where_queries_read_the_blocks():
+    vit = tiny().train()
+    vit.drop_path = 0.5
+    before = outputs(vit)
+    adapt(vit, SynQT(tokens=2, bottleneck=4))
+    assert torch.equal(outputs(vit), before)
+    vit.drop_path = 0.0
+    assert not torch.equal(outputs(vit), before)
 
 
 # Training

@@ -17,6 +17,7 @@ from explora.data import AnyViews, Views
 from explora.evaluation import AnyEvaluator, Evaluator
 from explora.incremental import AnyHead, AnyRouter, Head, Router
 from explora.models import exports, formats
+from explora.models.extensions import EXTENSIONS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [name for name in ("explora", "launch", "data_shards") if (ROOT / name).is_dir()]
@@ -187,6 +188,11 @@ def test_whatever_reads_or_writes_weights_is_named() -> None:
     written = {type(writer) for writer in exports.FORMATS.values()}
     importable = {path.stem for path in (ROOT / "explora/models/exports").glob("*.py")} - {"__init__", "base", "card"}
     assert importable == {kind.__module__.rpartition(".")[2] for kind in written} == set(exports.FORMATS)
+
+
+def test_extensions_are_named() -> None:
+    room = ROOT / "explora/models/extensions"
+    assert {path.stem for path in room.glob("*.py")} - {"__init__"} == set(EXTENSIONS)
 
 
 def config_classes() -> set[type[Config]]:

@@ -13,6 +13,8 @@ from explora.config import Config
 from explora.errors import ConfigError
 from explora.schedules import Length, LengthField
 
+MEANT = "; did you mean 'pear'?"
+
 
 class Apple(Config):
     name: Literal["apple"] = "apple"
@@ -40,6 +42,7 @@ class Optim(Config):
 class Tree(Config):
     fruit: Annotated[Apple | Pear, Field(discriminator="name")] = Apple()
     basket: tuple[Annotated[Apple | Pear, Field(discriminator="name")], ...] = ()
+    bowl: tuple[Annotated[Apple | Pear, Field(discriminator="name")], ...] = Field((Apple(),), min_length=1)
     optim: Optim = Optim()
     count: int | Literal["auto"] = "auto"
     steps: LengthField = Length(10, "epochs")
@@ -80,7 +83,9 @@ def test_the_message_of_the_design(tmp_path: Path) -> None:
             "fruit.name: expected one of 'apple', 'pear', got 'appel'; did you mean 'apple'?",
         ),
         ({"fruit": {"rank": 3}}, "fruit.name: required, but not given"),
-        ({"fruit": "apple"}, "fruit: expected a mapping of keys, got 'apple'"),
+        ({"fruit": "apple"}, "fruit: expected a mapping of keys, got 'apple'; write {name: apple}"),
+        ({"bowl": []}, "bowl: expected at least 1 of them"),
+        ({"bowl": [{"name": "pera"}]}, "bowl.0.name: expected one of 'apple', 'pear', got 'pera'" + MEANT),
         ({"fruit": {"name": "pear", "width": 2}}, "fruit: width 2.0 is above length 1.0"),
         ({"fruit": {"name": "apple", "rank": 0}}, "fruit.rank: expected a value greater than or equal to 1, got 0"),
         ({"fruit": {"name": "apple", "rank": 1.5}}, "fruit.rank: expected an integer, got 1.5"),

@@ -6,6 +6,8 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,26 @@ from stopping import Stop
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import explora
 import launch
-from explora.adapt import LoRA, Method, Norms, adapt
+from explora.adapt import LoRA, Method, Norms, adapt, attach
 from explora.config import validate
 from explora.data import Center, Key, ShardSet, crops
 from explora.engine import Training
 from explora.errors import ConfigError, DataError, RunError
+from explora.incremental import ARC
 from explora.incremental.norms import put_on
 from explora.incremental.routers import Keys, Prototypes
+from explora.incremental.tasks import Task
 from explora.models import ViT, build, read_tensors
 from explora.models.export import save_backbone
 from explora.stages import continual as stage
 from explora.stages import task_modules
-from explora.stages.task_modules import ContinualConfig
+from explora.stages.continual_config import ContinualConfig
+from explora.stages.section import fitted
+from explora.stages.task_features import TaskFeatures
 
 __all__ = ["slurm"]
 SMALL: dict[str, Any] = {
@@ -48,11 +55,22 @@ SMALL: dict[str, Any] = {
 RICH: dict[str, Any] = {
     "adapt": {"name": "lora", "rank": 2},
     "objective": {"pool": "cls_mean", "label_smoothing": 0.1},
-    "routers": [{"name": "keys"}, {"name": "keys", "learnt": False}, {"name": "prototypes", "per_task": 2}],
+    "routers": [
+        {"name": "keys", "steps": 20},
+        {"name": "keys", "learnt": False},
+        {"name": "prototypes", "per_task": 2},
+    ],
     "head": {"name": "analytic"},
     "arc": {"gamma": 1.5},
 }
-KINDS: dict[str, dict[str, Any]] = {"two": {}, "one": {"passes": 1}, "rich": RICH}
+TWO: dict[str, Any] = {
+    "routers": [{"name": "keys", "steps": 20}],
+    "arc": {"gamma": 1.5, "beta": 0.2, "lr": 0.5, "batch_size": 2},
+}
+CHEAP = [{"name": "keys", "learnt": False}]
+ONE: dict[str, Any] = {"passes": 1, "head": {"name": "analytic"}, "optim": {"lr": 0.2, "lr_rule": "none"}}
+"""At this rate keys move far enough that some images of a task do not choose the newest one."""
+KINDS: dict[str, dict[str, Any]] = {"two": TWO, "one": ONE, "rich": RICH}
 Make = Callable[..., dict[str, Any]]
 
 
@@ -79,6 +97,12 @@ def finished(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
+def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than such a run."""
+    monkeypatch.setattr(stage, "report", lambda _: None)
+
+
+@pytest.fixture
 def making(data: dict[str, Any], tmp_path: Path) -> Make:
     return lambda **changes: {**data, "out": str(tmp_path / "run"), **changes}
 
@@ -93,7 +117,7 @@ def results(folder: Path) -> dict[str, Any]:
 def files(folder: Path) -> dict[str, bytes]:
     """All that modules and joint training have learnt."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*/*.safetensors")
-            if path.name in ("adapter.safetensors", "head.safetensors")}  # fmt: skip
+            if path.name in ("module.safetensors", "adapter.safetensors", "head.safetensors")}  # fmt: skip
 
 
 # Against naive versions
@@ -123,7 +147,7 @@ def state(folder: Path, task: int) -> dict[str, Tensor]:
 
 
 def learnt(folder: Path, task: int) -> dict[str, Tensor]:
-    return read_tensors(folder / f"task{task:02d}" / "module" / "adapter.safetensors")[0]
+    return read_tensors(folder / f"task{task:02d}" / "module" / "module.safetensors")[0]
 
 
 def module(folder: Path, task: int, method: Method) -> ViT:
@@ -137,37 +161,59 @@ def module(folder: Path, task: int, method: Method) -> ViT:
 
 def choosing(folder: Path, upto: int) -> ViT:
     vit, past = source(), [learnt(folder, task) for task in range(upto + 1)]
-    passing = put_on(vit, past, 0)
+    passing = put_on(vit, past[:-1], 0)
+    task_modules.fill(vit, past[-1])
     passing.chooses = True
     return vit.eval()
 
 
-@pytest.mark.parametrize("kind", ["two", "one"])
+@pytest.mark.parametrize("kind", ["two", "one", "rich"])
 def test_accuracies_are_those_of_a_naive_run(kind: str, finished: dict[str, Path], shards: dict[str, Path]) -> None:
-    """A linear head on class tokens; all logits but those of classes so far are left out."""
+    """All logits but those of classes so far are left out; then what ARC makes of the same features and logits."""
     folder, test = finished[kind], shards["test"]
-    found = results(folder)["variants"]
-    assert list(found) == ["oracle", {"two": "keys", "one": "one_pass"}[kind]]
-    modules = [module(folder, task, Norms()) for task in range(3)]
+    found, method = results(folder)["variants"], LoRA(rank=2) if kind == "rich" else Norms()
+    chooser = "one_pass" if kind == "one" else "keys"
+    assert next(iter(found)) == "oracle"
+    modules = [module(folder, task, method) for task in range(3)]
+    owner = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
+    arc, corrected, retained = ARC(**{"gamma": 0, **KINDS[kind].get("arc", {})}), False, False
     for t in range(3):
-        head, known = state(folder, t), sum(len(labels) for labels in TASKS[: t + 1])
+        head, so_far = state(folder, t), range(t + 1)
+        images = [seen(source(), test, TASKS[i]) for i in so_far]
+        by_module = [torch.stack([pooled(kind, one, test, i) for one in modules[: t + 1]]) for i in so_far]
+        if kind == "one":
+            chosen = [pooled(kind, choosing(folder, t), test, i) for i in so_far]
+        else:
+            keys = torch.cat([state(folder, task)["router.0"] for task in so_far])
+            routes = [F.cosine_similarity(query[:, None], keys[None], dim=-1).argmax(1) for query, _, _ in images]
+            chosen = [each[route, range(len(route))] for each, route in zip(by_module, routes, strict=True)]
+            right = [percent(route, torch.tensor(i)) for i, route in enumerate(routes)]
+            assert found[chooser]["selection"][t] == pytest.approx(right)
+        for label, parts in (("oracle", [by_module[i][i] for i in so_far]), (chooser, chosen)):
+            logits = [predicted(head, part) for part in parts]
+            plain = [part[:, : sum(map(len, TASKS[: t + 1]))].argmax(1) for part in logits]
+            rows = {"": plain, " + arc": [arc.correct(part, owner, t) for part in logits]}
+            if kind == "two":
+                linear = {name: head[f"head.{name}"] for name in ("weight", "bias")}
+                rows[" + retention"] = arc.correct_retained(linear, parts, owner, t, 0)
+            for ending, decided in rows.items():
+                expected = [percent(each, truth) for each, (_, _, truth) in zip(decided, images, strict=True)]
+                if kind != "one" or not ending:
+                    assert found[label + ending]["accuracy"][t] == pytest.approx(expected), (label + ending, t)
+            corrected |= found[label]["accuracy"] != found.get(f"{label} + arc", found[label])["accuracy"]
+            retained |= kind == "two" and found[f"{label} + arc"] != found[f"{label} + retention"]
+    assert (corrected, retained) == (kind != "one", kind == "two")
 
-        def right(features: Tensor, labels: Tensor, head: Any = head, known: int = known) -> Any:
-            logits = F.linear(features, head["head.weight"], head["head.bias"])[:, :known]
-            return pytest.approx(percent(logits.argmax(1), labels))
 
-        for i in range(t + 1):
-            query, _, labels = seen(source(), test, TASKS[i])
-            by_module = torch.stack([seen(one, test, TASKS[i])[0] for one in modules[: t + 1]])
-            assert found["oracle"]["accuracy"][t][i] == right(by_module[i], labels)
-            if kind == "one":
-                chosen, _, _ = seen(choosing(folder, t), test, TASKS[i])
-                assert found["one_pass"]["accuracy"][t][i] == right(chosen, labels)
-                continue
-            keys = torch.cat([state(folder, task)["router.0"] for task in range(t + 1)])
-            route = F.cosine_similarity(query[:, None], keys[None], dim=-1).argmax(1)
-            assert found["keys"]["accuracy"][t][i] == right(by_module[route, range(len(route))], labels)
-            assert found["keys"]["selection"][t][i] == pytest.approx(percent(route, torch.tensor(i)))
+def pooled(kind: str, vit: ViT, shards: Path, task: int) -> Tensor:
+    cls, mean, _ = seen(vit, shards, TASKS[task])
+    return torch.cat([cls, mean], 1) if kind == "rich" else cls
+
+
+def predicted(head: dict[str, Tensor], features: Tensor) -> Tensor:
+    """Logits of all classes: of a linear layer, or of the ridge regression, which has no bias."""
+    weight, bias = head["head.weight"], head.get("head.bias")
+    return (features.double() @ weight).float() if bias is None else F.linear(features, weight, bias)
 
 
 @pytest.mark.parametrize(("kind", "method", "pool"), [("two", Norms(), "cls"), ("rich", LoRA(rank=2), "cls_mean")])
@@ -177,7 +223,7 @@ def test_the_joint_bound_is_that_of_a_naive_run(
     folder, by_task = finished[kind], []
     vit = source()
     adapt(vit, method)
-    vit.load_state_dict(read_tensors(folder / "joint" / "adapter.safetensors")[0], strict=False)
+    vit.load_state_dict(read_tensors(folder / "joint" / "module.safetensors")[0], strict=False)
     head = read_tensors(folder / "joint" / "head.safetensors")[0]
     for labels in TASKS:
         cls, mean, truth = seen(vit.eval(), shards["test"], labels)
@@ -189,18 +235,26 @@ def test_the_joint_bound_is_that_of_a_naive_run(
     assert joint["low"] - 1e-9 <= joint["accuracy"] <= joint["high"] + 1e-9
 
 
-def test_the_analytic_head_learns_all_that_was_routed(finished: dict[str, Path], shards: dict[str, Path]) -> None:
-    """Its sums are those of the features of all training images, each by the module that the first router chose."""
-    folder = finished["rich"]
-    gram = torch.zeros(64, 64, dtype=torch.float64)
+@pytest.mark.parametrize("kind", ["one", "rich"])
+def test_the_analytic_head_learns_all_that_was_routed(
+    kind: str, finished: dict[str, Path], shards: dict[str, Path]
+) -> None:
+    """Its sums are of the features of all training images, each by the module that router or norms chose by then."""
+    folder, train, gram, own = finished[kind], shards["train"], torch.zeros((), dtype=torch.float64), True
     for t in range(3):
-        query, _, _ = seen(source(), shards["train"], TASKS[t])
-        keys = torch.cat([state(folder, task)["router.0"] for task in range(t + 1)])
-        route = F.cosine_similarity(query[:, None], keys[None], dim=-1).argmax(1)
-        parts = [seen(module(folder, task, LoRA(rank=2)), shards["train"], TASKS[t])[:2] for task in range(t + 1)]
-        features = torch.stack([torch.cat(part, 1) for part in parts])[route, range(len(route))].double()
-        gram += features.T @ features
+        if kind == "one":
+            features = pooled(kind, choosing(folder, t), train, t)
+            told = pooled(kind, module(folder, t, Norms()), train, t)
+            own &= torch.allclose(features, told, atol=1e-2)
+        else:
+            query, _, _ = seen(source(), train, TASKS[t])
+            keys = torch.cat([state(folder, task)["router.0"] for task in range(t + 1)])
+            route = F.cosine_similarity(query[:, None], keys[None], dim=-1).argmax(1)
+            parts = [pooled(kind, module(folder, task, LoRA(rank=2)), train, t) for task in range(t + 1)]
+            features = torch.stack(parts)[route, range(len(route))]
+        gram = gram + features.double().T @ features.double()
         assert_close(state(folder, t)["head.gram"], gram, atol=1e-3, rtol=1e-4)
+    assert kind == "rich" or not own  # some image was sent elsewhere
 
 
 def test_each_router_asks_what_it_remembers(finished: dict[str, Path], shards: dict[str, Path]) -> None:
@@ -233,8 +287,49 @@ def test_what_is_reported(finished: dict[str, Path]) -> None:
     routers = ["oracle", "keys", "closed_form_keys", "prototypes"]
     rich = results(finished["rich"])["variants"]
     assert list(rich) == [label + corrected for label in routers for corrected in ("", " + arc")]
+    both = [label + corrected for label in routers[:2] for corrected in ("", " + arc", " + retention")]
+    assert list(results(finished["two"])["variants"]) == both
+    assert list(results(finished["one"])["variants"]) == ["oracle", "one_pass"]
     assert rich["keys"]["selection"] == rich["keys + arc"]["selection"]
     assert rich["keys"]["accuracy"][0] == rich["keys + arc"]["accuracy"][0]  # nothing to correct in the first task
+
+
+def test_counts_of_what_is_kept(finished: dict[str, Path]) -> None:
+    """A key of D numbers a task, a head of C (D + 1)."""
+    for task in range(3):
+        sizes = {name: value.numel() for name, value in state(finished["two"], task).items()}
+        assert sizes.pop("router.0") == 32
+        assert sum(sizes.values()) == 10 * (32 + 1)
+
+
+def test_a_task_learns_at_a_constant_rate(finished: dict[str, Path]) -> None:
+    lines = (finished["two"] / "task00/module/metrics.jsonl").read_text().splitlines()
+    assert [row["lr"] for row in map(json.loads, lines) if "lr" in row] == [0.05, 0.05]
+
+
+def test_one_pass_costs_one_and_two_cost_two(
+    finished: dict[str, Path], data: dict[str, Any], shards: dict[str, Path], tmp_path: Path
+) -> None:
+    """FLOPs to be routed and then seen by a module, or to let the norms choose; nowhere is there a token more."""
+    sets = {"test": ShardSet.open(shards["test"])}
+    counts = {}
+    for kind in ("two", "one"):
+        config = validate(ContinualConfig, {**data, "out": str(finished[kind]), **KINDS[kind]})
+        config = fitted(config, source(), sets["test"].pixels)
+        tasks = config.tasks.split(sets["test"].classes or (), 0)
+        modules = task_modules.TaskModules(config, source(), sets["test"], tasks)
+        features = TaskFeatures(modules, sets)
+        features.config = config.model_copy(update={"out": str(tmp_path / kind)})  # nothing is known yet
+        with FlopCounterMode(display=False) as counter:
+            if kind == "one":
+                features.chosen("test", 0, 2)
+            else:
+                features.source("test", 0)
+                features.under("test", 0, modules.folder(2))
+        counts[kind] = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        source()([torch.zeros(4, 3, 32, 32)])
+    assert counts == {"two": 2 * counter.get_total_flops(), "one": counter.get_total_flops()}
 
 
 def test_classes_to_come_are_never_decided_for() -> None:
@@ -245,10 +340,11 @@ def test_classes_to_come_are_never_decided_for() -> None:
 # What must not move
 
 
+@pytest.mark.usefixtures("unreported")
 @pytest.mark.parametrize("kind", ["two", "one"])
 def test_with_the_true_task_nothing_is_forgotten(kind: str, making: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits of the first task's classes are the same bits after all later tasks; so are its files."""
-    logits, kept = [], []
+    """Logits of the first task's classes are the same bits after all later tasks; so are files of modules and keys."""
+    logits, kept, judged = [], [], []
     decide, judge = stage._Course._decide, stage._Course.judge
 
     def deciding(self: Any, features: list[Tensor], task: int) -> list[Tensor]:
@@ -260,15 +356,17 @@ def test_with_the_true_task_nothing_is_forgotten(kind: str, making: Make, monkey
         judge(self, task)
         assert files(Path(self.config.out)) == before  # the head's stage leaves modules and keys
         kept.append(before)
+        judged.append({path: path.read_bytes() for path in Path(self.config.out).glob("task*/state.safetensors")})
 
     monkeypatch.setattr(stage._Course, "_decide", deciding)
     monkeypatch.setattr(stage._Course, "judge", judging)
-    explora.continual(making(joint=None, **KINDS[kind]))
+    explora.continual(making(joint=None, **{**KINDS[kind], "head": SMALL["head"], "arc": None}))
     told = logits[::2]  # before the variant that chooses
     assert len(told) == len(kept) == 3
     assert torch.equal(told[0], told[1])
     assert torch.equal(told[0], told[2])
-    assert all(kept[0].items() <= later.items() for later in kept)
+    for earlier, later in pairwise([*zip(kept, judged, strict=True)]):
+        assert all(before.items() < after.items() for before, after in zip(earlier, later, strict=True))
     assert len(kept[2]) == 3 * len(kept[0])
 
 
@@ -287,6 +385,62 @@ def test_keys_do_not_know_what_modules_learn(finished: dict[str, Path]) -> None:
         assert torch.equal(state(finished["two"], task)["router.0"], state(finished["rich"], task)["router.0"])
 
 
+def test_one_pass_starts_as_the_task_before(finished: dict[str, Path], data: dict[str, Any]) -> None:
+    """Scales, shifts, keys and attention; the first task's keys are drawn."""
+    folder = finished["one"]
+    config = validate(ContinualConfig, {**data, "out": str(folder), **ONE})
+    modules, starts = task_modules.TaskModules(config, source(), ShardSet.open(config.train), []), []
+    modules.tasks = [Task((), tuple(labels)) for labels in TASKS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modules, "_train", lambda _, __, objective, *___: starts.append(objective.backbone.state_dict()))
+        modules.learn(2)
+    before = learnt(folder, 1)
+    assert len(before) == 4 * 5
+    assert all(torch.equal(value, starts[0][name]) for name, value in before.items())
+
+
+@pytest.mark.usefixtures("unreported")
+def test_what_learns_nothing_trains_nothing(
+    making: Make, shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frozen source is a fair baseline: its head learns from its features; joint training has a head to train."""
+    trained: list[Path] = []
+    fit = Training.fit
+    monkeypatch.setattr(Training, "fit", lambda self: trained.append(self.run.folder) or fit(self))
+    config = making(adapt={"name": "frozen"}, head={"name": "analytic"}, routers=[{"name": "prototypes"}])
+    found = explora.continual(config).results
+    out = Path(config["out"])
+    assert trained == [out / "joint"]
+    assert found["module_parameters"] == 0
+    oracle, routed = (found["variants"][name]["accuracy"] for name in ("oracle", "prototypes"))
+    assert oracle == routed
+    logits = predicted(state(out, 2), pooled("two", source(), shards["test"], 1))
+    assert oracle[2][1] == pytest.approx(percent(logits.argmax(1), torch.tensor(TASKS[1])))
+    assert explora.continual(config).results == found
+
+
+@pytest.mark.usefixtures("unreported")
+def test_gates_are_drawn_anew_and_adapters_attach(making: Make) -> None:
+    """A task's own mask, which its adapter holds alone; what is attached sees as the module that judged."""
+    config = making(adapt={"name": "diff_pruning", "keep": 0.01}, tasks={"size": 5}, joint=None, routers=CHEAP, steps=4)
+    found = explora.continual(config).results
+    out = Path(config["out"])
+    adapters = [read_tensors(out / f"task0{task}" / "module/adapter.safetensors")[0] for task in (0, 1)]
+    places = [{name: value for name, value in one.items() if name.endswith("diff_places")} for one in adapters]
+    assert not same(*places)
+    kept = [sum(value.numel() for name, value in one.items() if name.endswith("diff_values")) for one in adapters]
+    assert found["module_parameters"] == max(kept) < 0.02 * sum(value.numel() for value in source().parameters())
+    whole = validate(ContinualConfig, config)
+    modules = task_modules.TaskModules(whole, source(), ShardSet.open(whole.train), [])
+    for task in (0, 1):
+        vit = source()
+        attach(vit, modules.folder(task) / "adapter.safetensors")
+        expected = test_methods.outputs(modules.plain(modules.folder(task)))
+        assert_close(test_methods.outputs(vit.eval()), expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(expected, test_methods.outputs(source()), atol=1e-3)
+
+
+@pytest.mark.usefixtures("unreported")
 def test_a_warm_start_is_the_only_tie_between_modules(making: Make, tmp_path: Path) -> None:
     """Without it a task's module is the same wherever the task comes."""
     classes = ShardSet.open(making()["train"]).classes
@@ -295,7 +449,7 @@ def test_a_warm_start_is_the_only_tie_between_modules(making: Make, tmp_path: Pa
 
     def modules(name: str, *tasks: list[str], **changes: Any) -> list[dict[str, Tensor]]:
         out = tmp_path / name
-        explora.continual(making(out=str(out), tasks={"classes": tasks}, joint=None, **changes))
+        explora.continual(making(out=str(out), tasks={"classes": tasks}, joint=None, routers=CHEAP, **changes))
         return [learnt(out, task) for task in (0, 1)]
 
     forth = modules("forth", one, other, warm_start=False)
@@ -321,7 +475,7 @@ def test_what_any_method_has_learnt_comes_back_from_its_file(name: str, making: 
     expected = test_methods.outputs(objective.backbone.eval())
     assert_close(test_methods.outputs(modules.plain(tmp_path)), expected, atol=1e-5, rtol=1e-5)
     warm = task_modules.build(config, copy.deepcopy(vit), 10)
-    task_modules.fill(warm.backbone, read_tensors(tmp_path / "adapter.safetensors")[0])
+    task_modules.fill(warm.backbone, read_tensors(tmp_path / "module.safetensors")[0])
     assert torch.equal(test_methods.outputs(warm.backbone.eval()), expected)
 
 
@@ -366,15 +520,25 @@ def test_a_run_that_stops_anywhere_ends_alike(kind: str, finished: dict[str, Pat
 
 
 def test_other_weights_are_refused_on_the_way(making: Make) -> None:
-    config = making(tasks={"size": 5}, joint=None)
+    config = making(tasks={"size": 5}, joint=None, routers=CHEAP)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage.TaskModules, "learn", _second_fails(stage.TaskModules.learn))
         with pytest.raises(Stop):
             explora.continual(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "fingerprint", lambda _: "other")
-        with pytest.raises(RunError, match="was made from other images or weights"):
+        with pytest.raises(RunError, match=r"began with other images or weights \(weights\); restore them"):
             explora.continual(config)
+    for name in ("train", "test"):
+        with pytest.MonkeyPatch.context() as patch:
+            changed = partial(_changed, Path(config[name]), ShardSet.fingerprint)
+            patch.setattr(ShardSet, "fingerprint", property(changed))
+            with pytest.raises(RunError, match=rf"began with other images or weights \({name}\)"):
+                explora.continual(config)
+
+
+def _changed(folder: Path, fingerprint: Any, shards: ShardSet) -> str:
+    return "other" if shards.folder == folder else fingerprint.fget(shards)
 
 
 def _second_fails(learn: Callable[..., None]) -> Callable[..., None]:

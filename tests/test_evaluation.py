@@ -188,6 +188,13 @@ def test_knn_agrees_with_scikit_learn(weighted, k):
     assert found.tolist() == reference.predict(test.matrix()).tolist()
 
 
+def test_the_nearest_of_images_that_are_in_the_bank_are_themselves():
+    bank = blobs(15, 0, noise=9.0)
+    itself, others = (KNN(k=(1,)).predict(bank, queries, torch.arange(4), [1])[0] for queries in (bank, None))
+    assert torch.equal(itself, bank.labels)
+    assert not torch.equal(others, bank.labels)
+
+
 def test_knn_chooses_k_on_val_and_tests_with_both(three):
     train, val, test = three
     knn = KNN(k=(1, 7, 50, 1000))

@@ -124,6 +124,11 @@ def test_taking_off_brings_back_the_options_of_a_named_architecture() -> None:
     assert vit.options == {"depth": 14}
     unplug(vit, method)
     assert (vit.depth, vit.options, len(vit.blocks)) == (12, {}, 12)
+    shallow = narrow(4)
+    before = list(shallow.options.items())
+    adapt(shallow, method := Expansion(every=2))
+    unplug(shallow, method)
+    assert list(shallow.options.items()) == before  # in their order, as files record them
 
 
 def meta(name: str) -> ViT:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import explora
-from explora.adapt import ExPLoRA, Full, LoRA, Method, adapt, attach
+from explora.adapt import DiffPruning, ExPLoRA, Full, LoRA, Method, adapt, attach
 from explora.errors import RunError, WeightsError
 from explora.models import ModelConfig, ViT, build, fingerprint, load_backbone, load_model, read_tensors
 from explora.models.export import load_adapter, save_adapter, save_backbone, save_tensors
@@ -127,7 +127,7 @@ def test_an_adapter_on_its_base_equals_the_merged_model(tmp_path, method):
         (0, {}, LoRA(rank=4), "was trained with"),
         (0, {"embed_dim": 64}, LoRA(rank=2), "does not fit"),
         (0, {"depth": 2}, LoRA(rank=2), "does not fit"),
-        (0, {"depth": 4}, LoRA(rank=2), "other base weights"),
+        (0, {"depth": 4}, LoRA(rank=2), r"lacks blocks\.3\.attn\.qkv\.lora_a, blocks\.3\.attn\.qkv\.lora_b, which"),
     ],
 )
 def test_an_adapter_is_refused_where_it_does_not_belong(tmp_path, seed, options, method, says):
@@ -172,6 +172,37 @@ def test_attach_refuses_what_does_not_belong_and_changes_nothing(tmp_path):
         with pytest.raises(WeightsError, match=says):
             attach(base, path)
         assert fingerprint(base.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensor: tensor.fill_(torch.nan), "not all values are finite in blocks.0.attn.qkv.lora_b"),
+        (lambda tensor: tensor.to(torch.int32), "blocks.0.attn.qkv.lora_b holds int32, where weights are floats"),
+        (lambda _: None, "lacks blocks.0.attn.qkv.lora_b, which its method puts on this model"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_and_changes_nothing(tmp_path, change, says):
+    vit, learnt = trained(LoRA(rank=2))
+    path = save_adapter(tmp_path / "adapter.safetensors", vit, learnt, config_of(LoRA(rank=2)))
+    tensors, metadata = read_tensors(path)
+    changed = change(tensors.pop("blocks.0.attn.qkv.lora_b"))
+    save_tensors(path, tensors if changed is None else {**tensors, "blocks.0.attn.qkv.lora_b": changed}, metadata)
+    base = tiny()
+    with pytest.raises(WeightsError, match=f"^{path}: {says}"):
+        attach(base, path)
+    assert fingerprint(base.state_dict()) == fingerprint(tiny().state_dict())
+
+
+def test_floats_are_no_places(tmp_path):
+    method, vit = DiffPruning(kept={"blocks.0.attn.qkv": 1}), tiny()
+    method.modify(vit)
+    names = ["blocks.0.attn.qkv.diff_values", "blocks.0.attn.qkv.diff_places"]
+    path = save_adapter(tmp_path / "adapter.safetensors", vit, names, config_of(method))
+    tensors, metadata = read_tensors(path)
+    save_tensors(path, {**tensors, names[1]: tensors[names[1]].float()}, metadata)
+    with pytest.raises(WeightsError, match=r"diff_places holds torch\.float32, where torch\.int32 belongs"):
+        attach(tiny(), path)
 
 
 @pytest.fixture

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stage_folder import KINDS, encoded, follow, images, stage, tiny, trained
 from torch.testing import assert_close
 
 import explora
-from explora.adapt import APT, LoRA, Method, SynQT, adapt, restore, snapshot, unplug
+from explora.adapt import APT, LoRA, Method, SynQT, adapt, attach, restore, snapshot, unplug
 from explora.distributed import Parallel
 from explora.distributed.plan import Plan
 from explora.errors import ConfigError, WeightsError
 from explora.models import ModelConfig, ViT, load_backbone, load_model, read_tensors
-from explora.models.export import facts_of, save_backbone
+from explora.models.export import facts_of, save_adapter, save_backbone
 from explora.models.exports import FORMATS, Content
 from explora.models.extensions import extend, retract
 from explora.objectives import Supervised, SupervisedConfig
@@ -81,7 +81,10 @@ def test_other_methods_go_on_top_and_merge(method: Method, tmp_path: Path) -> No
     vit, learnt = trained(source, LoRA(rank=2))
     assert all("lora" in name for name in learnt)
     before = encoded(vit, images())
+    settings = LoRA(rank=2).model_dump(mode="json")
+    attach(source, save_adapter(tmp_path / "adapter.safetensors", vit, learnt, settings))
     LoRA(rank=2).merge(vit)
+    assert all(torch.equal(tensor, vit.get_parameter(name)) for name, tensor in source.named_parameters())
     merged = load_backbone(save_backbone(tmp_path / "y.safetensors", vit)).eval()
     for found, expected in zip(encoded(merged, images()), before, strict=True):
         assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -106,6 +109,10 @@ def test_both_at_once_come_off_in_any_order(tmp_path: Path) -> None:
     [
         ({"prompts": {}}, "no extension 'prompts'; known: apt, synqt"),
         ({"apt": {"memories": 0}}, "memories"),
+        ({"apt": {"memories": 10**9}}, "memories"),
+        ({"apt": {"rank": 10**9}}, "rank"),
+        ({"synqt": {"tokens": 10**9}}, "tokens"),
+        ({"synqt": {"bottleneck": 10**9}}, "bottleneck"),
         ({"apt": {"slots": 3}}, "slots"),
         ({"apt": {"memories": 4, "rank": 2}}, r"memory\.slots: \(5, 48\) in the file, \(4, 48\) in the model"),
         ({"synqt": {"tokens": 2, "bottleneck": 3}}, "missing: blocks.0.reader.tokens"),
@@ -165,9 +172,22 @@ def test_the_adapter_alone_is_enough_with_the_source(method: Method, tmp_path: P
 
 
 @every_method
+def test_what_was_attached_is_a_part_of_the_source(method: Method, tmp_path: Path) -> None:
+    vit, learnt = trained(tiny(), method)
+    path = save_adapter(tmp_path / "x.safetensors", vit, learnt, method.model_dump(mode="json"))
+    source = tiny()
+    attach(source, path)
+    further = copy.deepcopy(source)
+    adapt(further, method)
+    unplug(further, method, snapshot(further))
+    assert same(further, source)
+    assert same(source, vit)
+
+
+@every_method
 @pytest.mark.parametrize("how", ["selective", "full"])
 def test_recomputing_gives_the_same_gradients(method: Method, how: Any) -> None:
-    gradients = []
+    gradients, calls = [], []
     for chosen in ("none", how):
         torch.manual_seed(0)
         vit, learnt = trained(tiny(), method)
@@ -176,8 +196,11 @@ def test_recomputing_gives_the_same_gradients(method: Method, how: Any) -> None:
         parallel = Parallel(objective, objective.roots, objective.units, plan, torch.device("cpu"), "fp32", chosen)
         torch.manual_seed(1)
         batch = {"image": images(4), "label": torch.tensor([0, 1, 2, 0])}
+        part = vit.blocks[1].memory or vit.blocks[1].reader
+        part.register_forward_hook(lambda *_, chosen=chosen: calls.append(chosen))  # type: ignore[union-attr, operator]
         parallel(batch, 1.0, Progress(0, 1, 4, 4)).loss.backward()
         gradients.append([vit.get_parameter(name).grad for name in learnt])
+    assert calls == ["none", how, how]
     for found, expected in zip(*gradients, strict=True):
         assert found is not None
         assert expected is not None
@@ -226,3 +249,4 @@ def test_what_does_not_change_patches_may_learn_beside_their_mean(finetuning: Ru
         )
     )
     assert load_backbone(tmp_path / "y/backbone.safetensors").additions == {"synqt": {"tokens": 1, "bottleneck": 2}}
+    assert load_file(tmp_path / "y" / "adapter.safetensors") == {}  # it came with the source

@@ -88,6 +88,25 @@ def test_a_forgotten_parameter_stands_still_without_gradient(kind: type[torch.op
     gates.forget(parameter, torch.ones(3, 2, dtype=torch.bool), {})  # a teacher's has no moments
 
 
+def test_what_opens_again_learns_no_faster_than_its_rate() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.0)
+
+    def learn(gradient: float, steps: int) -> float:
+        """The longest way in a step."""
+        ways = []
+        for _ in range(steps):
+            before, parameter.grad = parameter.detach().clone(), torch.full((2,), gradient)
+            optimizer.step()
+            ways.append(float((parameter.detach() - before).abs().max()))
+        return max(ways)
+
+    assert learn(1.0, 200) == pytest.approx(0.1, rel=1e-4)
+    gates.forget(parameter, torch.ones(2, dtype=torch.bool), optimizer.state)
+    assert learn(0.0, 20) == 0
+    assert learn(1.0, 50) < 0.12  # with squares from 0 it would be 0.49
+
+
 @pytest.mark.parametrize(
     ("length", "first"), [("0 steps", 0), ("3 steps", 2), ("50%", 4), ("100%", 9), ("20 steps", 9), ("1 epochs", 1)]
 )

@@ -61,7 +61,7 @@ def test_cuts_that_do_not_fit_the_set_are_refused(raw, said):
         ({"size": 2, "classes": [["a"], ["b"]]}, "either size"),
         ({"shuffle": True, "classes": [["a"], ["b"]]}, "shuffle goes with size"),
         ({"size": 0}, "greater than or equal to 1"),
-        ({"classes": [["a"], []]}, "at least 1 item"),
+        ({"classes": [["a"], []]}, "at least 1 of them"),
     ],
 )
 def test_contradictory_settings_are_refused(raw, said):

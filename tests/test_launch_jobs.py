@@ -141,6 +141,20 @@ def test_progress_of_a_long_run(tmp_path: Path) -> None:
     assert states.progress(job) is None
 
 
+def test_a_continual_run_shows_the_module_that_trains(slurm: Fakes, tmp_path: Path) -> None:
+    out = tmp_path / "runs/tasks"
+    records.write(Job("5", "continual", "slurm", "site", str(out), str(out), (), "log", "login", 1))
+    slurm.queue(_5="RUNNING|0|x1|None")
+    seen = [launch.jobs("runs")[0][4:7]]
+    for folder, step in (("task00/module", 20), ("task01/module", 5), ("joint", 9)):
+        (out / folder).mkdir(parents=True)
+        row = {"step": step, "steps": 20, "seconds": 10.0, "loss": 1.0}
+        (out / folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        seen.append(launch.jobs("runs")[0][4:7])
+    lines = ("task00 20/20", "", "1.0000"), ("task01 5/20", "", "1.0000"), ("joint 9/20", "", "1.0000")
+    assert seen == [("", "", ""), *lines]
+
+
 def test_records_of_many_runs(tmp_path: Path) -> None:
     for out, stage, when in ("b", "pack", 1), ("a/lr=1", "pack", 2), ("a/lr=2", "pack", 2), ("b", "probe", 3):
         where = str(tmp_path / out)

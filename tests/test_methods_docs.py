@@ -12,9 +12,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from test_methods import IN_PLACE, KINDS, REFUSED
+from test_methods import KINDS, REFUSED, is_in_place
 
-from explora.adapt import APT, IA3, DiffPruning, Frozen, LoRA, Method, Norms, adapt
+from explora.adapt import APT, IA3, Bias, DiffPruning, Frozen, LoRA, Method, Norms, adapt
 from explora.config import Config, parse, validate
 from explora.incremental.arc import ARC
 from explora.incremental.heads import AnyHead
@@ -103,7 +103,7 @@ def test_its_row_is_computed(name: str) -> None:
         f"{100 * learnt / total:.3g}",
         kind,
         "yes",  # tests/test_methods.py: test_nothing_changes_at_the_start
-        "with a snapshot" if name in IN_PLACE else "alone",
+        "with a snapshot" if is_in_place(name) else "alone",
         f"+{more:.2g} %",
         ", ".join(each for each in OBJECTIVES if (name, each) not in REFUSED),
     ]
@@ -120,6 +120,7 @@ def test_numbers_in_the_prose() -> None:
     for section, number in {
         "lora": count(LoRA(dora=True)) - count(LoRA()),
         "norms": count(Norms()),
+        "bias": count(Bias()),
         "ia3": count(IA3()),
         "apt": count(APT(gate=False)) // 12,
         "diff_pruning": math.floor(kept.keep * weights),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from stopping import assert_same, rows, stopped_at
 from test_parallel import parallel_of, parts_for, step
 from test_ranks import on_ranks
-from tiny_dinov2 import at
+from tiny_dinov2 import at, objective
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -26,7 +26,7 @@ from explora.adapt.lora import LoRALinear
 from explora.adapt.places import Place
 from explora.adapt.selective import GatedLoRALinear, budgeted
 from explora.distributed import Plan
-from explora.engine.optim import OptimConfig, Optimizer
+from explora.engine.optim import OptimConfig, Optimizer, parameter_groups
 from explora.errors import ConfigError
 from explora.models import ViT, build, load_backbone
 from explora.objectives import Supervised, SupervisedConfig
@@ -148,15 +148,18 @@ def test_the_penalty_waits_for_its_warm_up() -> None:
     assert_close(Selective(sparsity=2).penalty(vit, LATE), torch.tensor(0.3))
 
 
-def test_without_penalty_it_is_lora() -> None:
-    made = [(method, tiny(method)) for method in (Selective(rank=2, sparsity=0), LoRA(rank=2, alpha=8))]
+@pytest.mark.parametrize("scores_learn", [False, True])
+def test_without_penalty_it_is_lora(scores_learn: bool) -> None:
+    """To the bit while all gates are open, whatever scores do in the same optimizer."""
+    made = [(method, tiny(method)) for method in (Selective(rank=2, sparsity=0, start=9), LoRA(rank=2, alpha=8))]
     (_, left), (_, right) = made
     for one, other in zip(gated(left), (m for m in right.modules() if isinstance(m, LoRALinear)), strict=True):
         other.load_state_dict({k: v for k, v in one.state_dict().items() if k != "lora_score"})
-    losses = []
+    losses, factors = [], []
     for method, vit in made:
-        learning = [p for name, p in vit.named_parameters() if p.requires_grad and not name.endswith("lora_score")]
-        optimizer, row = torch.optim.AdamW(learning, lr=0.01), []
+        learning = {name: p for name, p in vit.named_parameters() if p.requires_grad}
+        own = {name: p for name, p in learning.items() if not name.endswith("lora_score")}
+        optimizer, row = torch.optim.AdamW((learning if scores_learn else own).values(), lr=0.01), []
         for number in range(5):
             torch.manual_seed(number)
             optimizer.zero_grad()
@@ -166,8 +169,12 @@ def test_without_penalty_it_is_lora() -> None:
             method.after_step(vit, optimizer.state, LATE)
             row.append(float(loss.detach()))
         losses.append(row)
+        factors.append(own)
     assert losses[0] == losses[1]
     assert losses[0][-1] != losses[0][0]
+    assert factors[0].keys() == factors[1].keys()
+    assert all(torch.equal(p, factors[1][name]) for name, p in factors[0].items())
+    assert all((layer.lora_score != 9).all() == scores_learn for layer in gated(left))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
@@ -206,12 +213,55 @@ def test_neither_scores_nor_factors_decay_and_scores_have_their_own_rate() -> No
     assert [method.lr(name) for name in names] == [None, None, 0.5, None]
 
 
+def test_the_optimizer_takes_the_methods_rate_and_decay_as_they_are(tmp_path: Path, finetuning: Make) -> None:
+    method = Selective(rank=2, score_lr=0.5)
+    made = Supervised(SupervisedConfig(), tiny(method), 5)
+    made.method = method
+    optim: dict[str, Any] = {"lr": 1.0, "lr_rule": "linear256", "layer_decay": 0.5}
+    for rules, score in (((), 0.5), (({"match": "lora_score", "lr": 0.25},), 0.125)):
+        groups = parameter_groups(OptimConfig.model_validate({**optim, "rules": rules}), made, 128)
+        found = {id(p): (group.peak, group.decays) for group, parameters in groups.items() for p in parameters}
+        for block, layer in enumerate(gated(made)):
+            above = 1.0 if rules == () else 0.5 ** (2 - block)
+            assert found[id(layer.lora_score)] == (score * above, False)
+            for factor in (layer.lora_a, layer.lora_b):
+                assert found[id(factor)] == (0.5 * 0.5 ** (2 - block), False)
+        assert found[id(made.head.weight)] == (0.5, True)
+        said = explora.check(finetuning(tmp_path, adapt={"name": "selective"}, optim={**optim, "rules": rules}))
+        assert ("    lora_score          0.001\n" in said) == (rules == ())
+
+
+def test_penalty_and_budget_wait_until_terms_have_learnt() -> None:
+    """Two steps of the backbone's own, whether its rate or its gradients begin late; and the exported model counts."""
+    method = Selective(rank=2, sparsity=6, warmup=Length(2, "steps"), top_k=3)
+    for late in ({"head_warmup": "3 steps"}, {"head_warmup": "2 steps", "backbone_ramp": "2 steps"}):
+        made = objective(method, **late)
+        made.method = method
+        put(made.student, [0.2] * 6)
+        put(made.teacher, [0.2] * 6)
+        penalised, opened = [], []
+        for number in range(8):
+            penalised.append("penalty" in made.regularise(at(number)))
+            made.finish({}, at(number))
+            opened.append(made.numbers()["open_blocks"])
+        assert penalised == [False] * 5 + [True] * 3
+        assert opened == [100] * 4 + [50] * 4
+    put(made.student, [0.2] * 6)
+    put(made.teacher, [0.2, 0, 0, 0, 0, 0])
+    assert made.numbers()["open_blocks"] == pytest.approx(100 / 6)
+    first, second, _ = gated(made.student)
+    first.lora_score.grad = torch.ones(2)
+    made.regularise(at(9))
+    assert first.lora_score.grad.tolist() == [2, 2]  # 6 / 6 terms more
+    assert second.lora_score.grad is None  # what the task has not reached is not pulled at
+
+
 # What it finds
 
 
-def recovered(sparsity: float, steps: int) -> list[int]:
+def recovered(sparsity: float, steps: int, seed: int = 0) -> list[int]:
     """The open layers of a stack of six whose target differs from it in the fourth alone, by rank 2."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     target = [nn.Linear(16, 16) for _ in range(6)]
     layers = nn.ModuleList(
         GatedLoRALinear(Place("", copy.deepcopy(base).requires_grad_(False), (0,), 1), 2, 1.0, 0.1, 0.15)
@@ -238,8 +288,9 @@ def recovered(sparsity: float, steps: int) -> list[int]:
     return [number for number, layer in enumerate(gated(layers)) if layer.open_P.all()]
 
 
-def test_it_keeps_the_one_layer_that_matters() -> None:
-    assert recovered(0.1, 900) == [3]
+@pytest.mark.parametrize("seed", [0, 1])
+def test_it_keeps_the_one_layer_that_matters(seed: int) -> None:
+    assert recovered(0.1, 900, seed) == [3]
 
 
 def test_without_penalty_it_keeps_them_all() -> None:
@@ -301,7 +352,8 @@ def test_settling_leaves_plain_lora_of_the_open_parts() -> None:
     assert gated(vit) == []
     assert {name for name, m in vit.named_modules() if isinstance(m, LoRALinear)} == set(settled.kept)
     assert sum(p.numel() for name, p in vit.named_parameters() if "lora_" in name) == 3 * 2 * (32 + 32) + 2 * (32 + 128)
-    again = tiny(Selective.model_validate(settled.model_dump(mode="json")))
+    again = tiny()
+    Selective.model_validate(settled.model_dump(mode="json")).modify(again)
     again.load_state_dict(vit.state_dict())
     assert torch.equal(outputs(again), outputs(vit))
     assert settled.settle(again) is settled
@@ -322,7 +374,9 @@ def test_nothing_kept_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert settled.kept == {}
     assert "every gate is closed, so the backbone is the source's" in caplog.text
     assert list(vit.state_dict()) == list(tiny().state_dict())
-    assert torch.equal(outputs(vit), outputs(tiny(settled)))
+    again = tiny()
+    settled.modify(again)
+    assert torch.equal(outputs(vit), outputs(again))
 
 
 @pytest.mark.parametrize(
@@ -333,11 +387,21 @@ def test_nothing_kept_is_said(caplog: pytest.LogCaptureFixture) -> None:
         ({"alpha": 1000}, "alpha / rank is 500"),
         ({"kept": {"blocks.7.attn.qkv": (0,)}}, r"adapt\.kept: .* blocks\.7\.attn\.qkv"),
         ({"kept": {"blocks.0.attn.qkv": (1,)}}, r"adapt\.kept: .* blocks\.0\.attn\.qkv"),
+        ({"kept": {"blocks.0.attn.qkv": ()}}, r"adapt\.kept: .* blocks\.0\.attn\.qkv"),
+        ({"kept": {"blocks.0.attn.qkv": (2, 0)}}, r"adapt\.kept: .* blocks\.0\.attn\.qkv"),
+        ({"kept": {"blocks.0.attn.qkv": (0, 0)}}, r"adapt\.kept: .* blocks\.0\.attn\.qkv"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        tiny(Selective(**{"rank": 2, **settings}))
+        Selective(**{"rank": 2, **settings}).modify(tiny())
+
+
+def test_no_training_starts_from_what_another_has_left(tmp_path: Path, finetuning: Make) -> None:
+    config = finetuning(tmp_path / "out", adapt={"name": "selective", "rank": 2, "kept": {}})
+    with pytest.raises(ConfigError, match=r"^adapt\.kept: is written by a training that has ended.*; leave it out"):
+        explora.finetune(config)
+    assert not any(tmp_path.iterdir())
 
 
 # Runs

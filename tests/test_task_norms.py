@@ -16,8 +16,9 @@ from explora.incremental.norms import Pass, TaskNorm, plain_names, put_on
 from explora.models import Loaded, ViT, build
 from explora.schedules import Progress
 from explora.stages import finetune
-from explora.stages.task_modules import ContinualConfig
+from explora.stages.continual_config import ContinualConfig
 from explora.stages.task_modules import build as build_module
+from explora.stages.task_modules import fill
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PLACE = {
@@ -77,6 +78,7 @@ def test_every_task_starts_as_the_source() -> None:
     for _ in range(3):
         vit = tiny()
         passing = put_on(vit, past, 0)
+        fill(vit, past[-1] if past else {})
         assert torch.equal(cls(vit, images()), expected)
         passing.chooses = True
         assert_close(cls(vit, images()), expected, atol=5e-6, rtol=0)
@@ -149,11 +151,11 @@ def test_forced_it_is_a_plain_model_with_the_scales_of_the_task() -> None:
     assert torch.equal(cls(vit, images()), cls(plain, images()))
 
 
-def test_a_new_task_starts_as_the_last_and_leaves_the_others() -> None:
+def test_a_new_task_leaves_the_others() -> None:
     found = tasks(2)
     vit = tiny()
     put_on(vit, found, 0)
-    assert all(torch.equal(value, found[1][name]) for name, value in learnt(vit).items())
+    fill(vit, found[1])
     adapt(vit, Norms())
     before = copy.deepcopy(dict(vit.named_buffers()))
     loss = vit([images()])[0].cls_BD.square().mean()
@@ -175,6 +177,30 @@ def test_copies_share_nothing() -> None:
     assert torch.equal(cls(other, images(2)), expected)
 
 
+def test_queries_and_keys_follow_the_norms_that_learn() -> None:
+    """In one pass the class token that asks has been through the scales of the task, and keys learn to be near it."""
+
+    def course(learning: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
+        vit = tiny()
+        passing = put_on(vit, [], 0)
+        moving = [value for name, value in vit.named_parameters() if "norm" in name and name.endswith(learning)]
+        descent = torch.optim.SGD(moving, lr=0.5)
+        for _ in range(2):
+            descent.zero_grad()
+            tokens = vit([images()])[0]
+            (tokens.patches_BND.square().mean() + passing.terms()["dissimilarity"]).backward()
+            descent.step()
+        asked: list[Tensor] = []
+        vit.norm.register_forward_pre_hook(lambda _, x: asked.append(x[0].unflatten(0, (6, -1))[:, 0]))
+        with torch.no_grad():
+            vit([images()])
+        return asked[0], [value.detach() for name, value in vit.named_parameters() if name.endswith(".key")]
+
+    alone, together = course((".key", ".attention")), course((".key", ".attention", ".weight", ".bias"))
+    assert not torch.allclose(alone[0], together[0], atol=1e-3)
+    assert not any(torch.allclose(*keys, atol=1e-4) for keys in zip(alone[1][1:], together[1][1:], strict=True))
+
+
 def test_the_loss_is_cross_entropy_less_the_similarity() -> None:
     config = ContinualConfig.model_validate({**PLACE, "passes": 1, "optim": {"lr": 1}})
     torch.manual_seed(2)
@@ -194,7 +220,7 @@ def test_the_loss_is_cross_entropy_less_the_similarity() -> None:
     logits = objective.head(plain.features(batch["image"]).cls[:, -1])[:, [1, 3]]
     expected = F.cross_entropy(logits, torch.tensor([0, 1, 1, 0])) - torch.stack(seen).mean()
     assert_close(output.loss, 0.5 * expected, atol=1e-5, rtol=1e-5)
-    assert_close(output.parts["similarity"], 0.5 * torch.stack(seen).mean(), atol=1e-5, rtol=1e-5)
+    assert_close(output.parts["dissimilarity"], -0.5 * torch.stack(seen).mean(), atol=1e-5, rtol=1e-5)
     output.loss.backward()
     assert all(p.grad is not None and p.grad.any() for n, p in objective.named_parameters() if n.endswith(".key"))
 

@@ -22,15 +22,14 @@ Moments = Mapping[Any, Mapping[str, Any]]
 class Method(Config, abc.ABC):
     """How a backbone may change. Subclasses make `name` a `Literal`.
 
-    The first four methods are the contract of all; the others are for methods with gates.
+    The first four methods are the contract of all; the others are for methods with gates. What they are told of
+    progress is that of the backbone's own training, without the steps before in which heads learn alone.
     """
 
     name: str
     """Picks the method."""
     whole: ClassVar[bool] = False
     """Whether every rank must hold all that learns: such a method runs under ddp, not in shards."""
-    draws: ClassVar[bool] = False
-    """Whether a forward pass in training draws at random, so that passes agree only from the same generator state."""
     reaches_patches: ClassVar[bool] = True
     """Whether patch tokens change, not the class token alone."""
 
@@ -55,7 +54,10 @@ class Method(Config, abc.ABC):
         return None
 
     def lr(self, name: str) -> float | None:
-        """The peak rate of a parameter that must have one of its own; `optim.rules` go before it."""
+        """The peak rate of a parameter that must have one of its own, whatever `optim` does to the others' rates.
+
+        Neither `lr_rule` nor `layer_decay` acts on it; a rule of `optim.rules` that matches goes before it.
+        """
         return None
 
     def decays(self, name: str) -> bool:
@@ -73,6 +75,11 @@ class Method(Config, abc.ABC):
         """Numbers for the log."""
         return {}
 
+    @property
+    def settled(self) -> bool:
+        """Whether `settle` wrote this method, in its field `kept`: it describes a result, and trains nothing."""
+        return False
+
     def settle(self, vit: ViT) -> Method:
         """Drop in place what training has closed, with the same outputs; returns the method that describes the rest."""
         return self
@@ -85,8 +92,10 @@ def adapt(vit: ViT, method: Method) -> list[str]:
         The names of the parameters that learn, in the model's order.
 
     Raises:
-        ConfigError: the method does not fit the model.
+        ConfigError: the method does not fit the model, or is what an earlier training has left.
     """
+    if method.settled:
+        raise ConfigError("adapt.kept: is written by a training that has ended, of what it has left; leave it out")
     method.modify(vit)
     for name, parameter in vit.named_parameters():
         parameter.requires_grad_(method.trains(name, vit))

@@ -83,8 +83,9 @@ class SparseLinear(ChangedLinear):
         self.diff_places = nn.Buffer(torch.zeros(count, dtype=torch.int32, device=self.weight.device))
 
     def fits(self) -> bool:
-        """Whether all places are in the weight."""
-        return bool(((self.diff_places >= 0) & (self.diff_places < self.weight.numel())).all())
+        """Whether all places are in the weight, each once and in order."""
+        ends = self.diff_places.new_tensor([-1]), self.diff_places.new_tensor([self.weight.numel()])
+        return bool((torch.cat([ends[0], self.diff_places, ends[1]]).long().diff() > 0).all())
 
     def changed(self) -> Tensor:
         return self.weight.flatten().index_add(0, self.diff_places, self.diff_values).view_as(self.weight)
@@ -102,7 +103,6 @@ class DiffPruning(Method):
     """
 
     whole = True
-    draws = True
 
     name: Literal["diff_pruning"] = "diff_pruning"
     """Picks this method."""
@@ -121,6 +121,10 @@ class DiffPruning(Method):
     kept: Mapping[str, int] | None = None
     """Written by `settle`: how many weights differ, by layer."""
 
+    @property
+    def settled(self) -> bool:
+        return self.kept is not None
+
     def modify(self, vit: ViT) -> None:
         found = list(places(vit, range(vit.depth), self.targets))
         if self.kept is not None:
@@ -136,7 +140,10 @@ class DiffPruning(Method):
     def merge(self, vit: ViT) -> None:
         for name, layer in vit.named_modules():
             if isinstance(layer, SparseLinear) and not layer.fits():
-                raise WeightsError(f"{name}: diff_places are outside the weight; this adapter file is damaged")
+                raise WeightsError(
+                    f"{name}.diff_places are not places of its weight, each once and in order; this adapter file is "
+                    "damaged: take another copy of it, or train again"
+                )
         super().merge(vit)
 
     def lr(self, name: str) -> float | None:

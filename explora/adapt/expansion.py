@@ -69,8 +69,11 @@ def _silent_copy(block: Any) -> nn.Module:
 
 
 def _options_of_depth(vit: ViT) -> dict[str, Any]:
-    """The options of a model of this depth, which is among them only where the named architecture has another."""
+    """The options of a model of this depth, which is among them only where the named architecture has another.
+
+    Whether they named the architecture's own depth before nobody knows any more; without it they mean the same.
+    """
     others = {name: value for name, value in vit.options.items() if name != "depth"}
     with torch.device("meta"):
         own = build(vit.name, vit.image_size, others).depth
-    return others if vit.depth == own else {**others, "depth": vit.depth}
+    return others if vit.depth == own else {**vit.options, "depth": vit.depth}

@@ -14,6 +14,8 @@ STRETCH = (-1.5, 1.5)
 """Where Diff Pruning stretches the hard-concrete distribution to, before it is clipped to [0, 1]."""
 END = Length(100, "%")
 """The whole run."""
+_MOMENTUM = ("exp_avg", "momentum_buffer")
+"""Under which names torch's optimizers (Adam and its kin, SGD) remember it."""
 
 
 def threshold(scores: Tensor, tau: float) -> Tensor:
@@ -57,13 +59,16 @@ def best(values: Tensor, count: int) -> Tensor:
 
 
 def forget(parameter: Tensor, closed: Tensor, moments: Moments) -> None:
-    """Set what an optimizer remembers of a parameter to 0 where `closed`, in place, or momentum would move it on.
+    """Set a parameter's momentum to 0 where `closed`, in place, so that it stands still while it has no gradient.
+
+    The mean of squared gradients stays. The optimizer counts its steps on, and with a mean that starts anew at 0 a
+    term that opens again would learn at up to 4.9 times its rate.
 
     Args:
         closed: booleans that broadcast to the parameter's shape.
     """
-    for moment in moments.get(parameter, {}).values():
-        if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+    for key, moment in moments.get(parameter, {}).items():
+        if key in _MOMENTUM and moment is not None:
             moment.masked_fill_(closed, 0)
 
 

@@ -57,11 +57,13 @@ def method_of(path: str | Path) -> AnyMethod:
 def attach(vit: ViT, path: str | Path) -> None:
     """Give a plain backbone what an adapter.safetensors has learnt; it is the merged plain backbone afterwards.
 
+    Extensions that come with it belong to the model from then on, as those do that a weights file brings.
+
     Args:
         vit: the weights that the training started from, at the same image size; unchanged if an error is raised.
 
     Raises:
-        WeightsError: the file is no adapter, or was trained on another base.
+        WeightsError: the file is no adapter, is damaged, or was trained on another base.
     """
     method, adapted = method_of(path), copy.deepcopy(vit)
     try:
@@ -70,9 +72,13 @@ def attach(vit: ViT, path: str | Path) -> None:
         raise WeightsError(f"{path}: does not fit this model: {error}") from None
     load_adapter(path, adapted, method.model_dump(mode="json"))
     state = adapted.state_dict()
-    method.merge(adapted)
+    try:
+        method.merge(adapted)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
     # All that could fail has been tried on a copy.
     method.modify(vit)
     vit.load_state_dict(state)
     vit.mean, vit.std, vit.scaling = adapted.mean, adapted.std, adapted.scaling
     method.merge(vit)
+    vit.inherited = frozenset(vit.additions)

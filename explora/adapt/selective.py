@@ -96,6 +96,10 @@ class Selective(Method):
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def settled(self) -> bool:
+        return self.kept is not None
+
     def modify(self, vit: ViT) -> None:
         lora.refuse_scale(self.rank, self.scale)
         found = list(places(vit, range(vit.depth), self.targets))
@@ -189,10 +193,15 @@ def _chosen(found: list[Place], kept: Mapping[str, tuple[int, ...]]) -> list[Pla
     """The places that were kept, with the parts that were.
 
     Raises:
-        ConfigError: the model has no such place.
+        ConfigError: the model has no such place, or its parts are none, twice the same or out of order.
     """
     there = {place.name: place for place in found}
-    strange = [name for name in kept if name not in there or not set(kept[name]) <= set(there[name].parts)]
+    strange = [name for name, parts in kept.items() if name not in there or not _within(parts, there[name].parts)]
     if strange:
         raise ConfigError(f"adapt.kept: no low-rank term has its place at {', '.join(strange[:5])}; leave kept out")
     return [there[name]._replace(parts=parts) for name, parts in kept.items()]
+
+
+def _within(parts: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    """Whether some parts, at least one, are among others, each once and in order."""
+    return bool(parts) and parts == tuple(part for part in others if part in parts)

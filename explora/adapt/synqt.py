@@ -17,8 +17,6 @@ class SynQT(Method, SynQTSettings):
     these.
     """
 
-    whole: ClassVar[bool] = True
-    """What learns is small, so that cutting it over ranks would save nothing."""
     reaches_patches: ClassVar[bool] = False
     """Image tokens are only read."""
     name: Literal["synqt"] = "synqt"

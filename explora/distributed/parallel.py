@@ -7,7 +7,7 @@ summed over ranks and micro-batches, never averaged: each is weighted by its sha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -45,7 +45,7 @@ class Parallel:
         module: its forward pass gives a loss; `learnt()` says what training changes.
         roots: modules that are called on their own; between them they hold all parameters. A class names methods
             other than `forward` through which it is entered in `entries`.
-        units: the blocks inside the roots.
+        units: the blocks inside the roots, which may name `entries` as well.
         precision: under bf16 the frozen weights of matrix products are stored so, and those of blocks that learn are
             gathered so, which changes no bit under autocast; gradients are summed in fp32.
         activation_checkpointing: what the backward pass computes again: nothing, all but products and attention
@@ -135,14 +135,17 @@ def _compile(unit: nn.Module) -> None:
 def _recompute(unit: nn.Module, how: Recompute) -> None:
     if how == "none":
         return
-    forward, contexts = unit.forward, _contexts if how == "selective" else noop_context_fn
+    # Attributes of the instance, because a module around it would come between parameters and their names.
+    for entry in ("forward", *getattr(unit, "entries", ())):
+        setattr(unit, entry, _again(getattr(unit, entry), _contexts if how == "selective" else noop_context_fn))
 
-    # A function of ours, because the compiler looks into no other; and an attribute of the instance, because a module
-    # around it would come between parameters and their names.
+
+def _again(entry: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
+    # A function of ours, because the compiler looks into no other.
     def again(*args: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
+        return checkpoint(entry, *args, use_reentrant=False, context_fn=contexts)
 
-    unit.forward = again
+    return again
 
 
 def _contexts() -> Any:

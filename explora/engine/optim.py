@@ -158,12 +158,26 @@ def parameter_groups(config: OptimConfig, objective: Objective, batch: int) -> d
         raise ConfigError(f"optim.rules: no trained parameter matches {unused}; trained are {_families(named)}")
     groups: dict[Group, list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        lr = next((rule.lr for rule in config.rules if re.search(rule.match, name)), objective.method.lr(name))
-        lr = config.lr if lr is None else lr
-        peak = config.peak(lr, batch) * config.layer_decay ** _layers_above(name, objective.backbone.depth)
+        peak = _own_rate(config, objective, name)
+        if peak is None:
+            lr = next((rule.lr for rule in config.rules if re.search(rule.match, name)), config.lr)
+            peak = config.peak(lr, batch) * config.layer_decay ** _layers_above(name, objective.backbone.depth)
         decays = _decays(name, parameter) and objective.method.decays(name)
         groups.setdefault(Group(peak, decays, objective.role(name)), []).append(parameter)
     return groups
+
+
+def own_rates(config: OptimConfig, objective: Objective) -> dict[str, float]:
+    """Peak rates that the method sets itself, by the last names of their parameters."""
+    rates = {name.rpartition(".")[2]: _own_rate(config, objective, name) for name in _trained(objective)}
+    return {kind: rate for kind, rate in rates.items() if rate is not None}
+
+
+def _own_rate(config: OptimConfig, objective: Objective, name: str) -> float | None:
+    """The peak rate that the method sets for a parameter, as it stands, unless a rule goes before it."""
+    if any(re.search(rule.match, name) for rule in config.rules):
+        return None
+    return objective.method.lr(name)
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

@@ -106,7 +106,8 @@ class AnalyticHead(Head):
         beta_q = (A'A + c sum_k F_kq + lambda I)^-1 (A'y_q + c sum_k F_kq beta_kq + lambda beta_q,before),
 
     k running over earlier tasks and F_kq (L,) being N times the squared gradient of the mean cross-entropy of A beta
-    over the N images of task k. It keeps (L, C) numbers in place of (L, L), and forgets where the sums do not.
+    over the N images of task k among the classes met by then. It keeps (L, C) numbers in place of (L, L), and forgets
+    where the sums do not.
 
     Sources: McDonnell et al. 2023 (RanPAC, arXiv 2307.02251) for the sums; Li and Zeng 2023 (CLSNet,
     arXiv 2306.11967) for the held solution, with one random layer for their three. Their beta_kq is the regression
@@ -161,7 +162,10 @@ class AnalyticHead(Head):
         for number in wanted.any(0).nonzero()[:, 0].tolist():
             held = gram + penalty + torch.diag(self.consolidation * state["fisher"][:, number])
             weight[:, number] = _solve(held, wanted[:, number, None])[:, 0]
-        fisher = (a_NL.T @ ((a_NL @ weight).softmax(1) - y_NC)).square() / len(a_NL)
+        met = weight.any(0)  # a class to come must not count
+        error = torch.zeros_like(y_NC)
+        error[:, met] = (a_NL @ weight[:, met]).softmax(1) - y_NC[:, met]
+        fisher = (a_NL.T @ error).square() / len(a_NL)
         return {"fisher": state["fisher"] + fisher, "pull": state["pull"] + fisher * weight, "weight": weight}
 
     def _penalty(self, gram_LL: Tensor) -> Tensor:

@@ -73,16 +73,20 @@ class PackedBlock(nn.Module, abc.ABC):
         self.memory: nn.Module | None = None
         self.reader: nn.Module | None = None
 
-    def forward(self, x_TD: Tensor, layout: Layout, drop: float = 0.0) -> Tensor:
+    def forward(self, x_TD: Tensor, layout: Layout, drop: float = 0.0, heads_T3HK: Tensor | None = None) -> Tensor:
         """The stream (T, D) after this block.
 
         Args:
             drop: the part of the images of each group that skips a branch (drop path); others count the more.
+            heads_T3HK: the stream's queries, keys and values where `read` has made them already.
         """
-        x_TD = residual(self._attend, x_TD, layout, drop)
+        if heads_T3HK is None or drop > 0:  # with drop path attention sees some of the images only
+            x_TD = residual(self._attend, x_TD, layout, drop)
+        else:
+            x_TD = x_TD + self._attend(x_TD, layout, heads_T3HK)
         return residual(self._transform, x_TD, layout, drop)
 
-    def read(self, x_TD: Tensor, layout: Layout, before_IQD: Tensor | None) -> Tensor:
+    def read(self, x_TD: Tensor, layout: Layout, before_IQD: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the reader's Q queries for each of the I images find in the stream (T, D) that enters this block.
 
         They take the block's own way, attention over the tokens of their image, then the MLP; the stream stays.
@@ -91,20 +95,22 @@ class PackedBlock(nn.Module, abc.ABC):
             before_IQD: what was found at the block before, None at the first one.
 
         Returns:
-            (I, Q, D), images in the order of the stream.
+            That, (I, Q, D), images in the order of the stream, and queries, keys and values (T, 3, H, K) of the
+            stream, which `forward` need not make again.
         """
         assert self.reader is not None
         asked = self.reader(before_IQD, sum(group.images for group in layout.groups))
         seen = self.norm1(asked)
         queries = _heads(self.attn, seen.flatten(0, 1), None)[:, 0].unflatten(0, seen.shape[:2])
-        stream = _heads(self.attn, self.norm1(x_TD), layout.rope_TK)[:, 1:]
-        found = asked + self._out(seen, _cross_attend(queries, stream, layout.groups))
-        return found + self._transform(found, layout)
+        heads = _heads(self.attn, self.norm1(x_TD), layout.rope_TK)
+        found = asked + self._out(seen, _cross_attend(queries, heads[:, 1:], layout.groups))
+        return found + self._transform(found, layout), heads
 
-    def _attend(self, x_TD: Tensor, layout: Layout) -> Tensor:
+    def _attend(self, x_TD: Tensor, layout: Layout, heads_T3HK: Tensor | None = None) -> Tensor:
         """What attention adds."""
         seen = self.norm1(x_TD)
-        return self._out(seen, attend(_heads(self.attn, seen, layout.rope_TK), layout.groups))
+        heads = _heads(self.attn, seen, layout.rope_TK) if heads_T3HK is None else heads_T3HK
+        return self._out(seen, attend(heads, layout.groups))
 
     def _out(self, seen: Tensor, found: Tensor) -> Tensor:
         """From what the heads found, (..., H, K), to what is added to the stream; `seen` is what attention saw."""

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from explora.errors import WeightsError
+from explora.models.account import check_finite, check_kinds
 from explora.models.additions import added
 from explora.models.formats import own
 from explora.models.vit import ViT
@@ -86,8 +87,8 @@ def load_adapter(path: str | Path, vit: ViT, method: Mapping[str, Any]) -> None:
         method: the config of the method applied to `vit`, as `save_adapter` was given it.
 
     Raises:
-        WeightsError: another method (say another alpha), other bands, names or shapes that are not the model's, or
-            another frozen base than it was trained on.
+        WeightsError: another method (say another alpha), other bands, names or shapes that are not the model's, a
+            tensor that is missing, of another kind or not finite, or another frozen base than it was trained on.
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("method") != dict(method):
@@ -100,6 +101,7 @@ def load_adapter(path: str | Path, vit: ViT, method: Mapping[str, Any]) -> None:
     strange = [name for name in tensors if name not in state or state[name].shape != tensors[name].shape]
     if strange:
         raise WeightsError(f"{path}: does not fit this model and method: {', '.join(strange[:5])}")
+    _check(tensors, vit, str(path))
     base = fingerprint({name: tensor for name, tensor in state.items() if name not in tensors})
     if metadata.get("base") != base:
         raise WeightsError(f"{path}: was trained on other base weights than the ones loaded")
@@ -108,3 +110,25 @@ def load_adapter(path: str | Path, vit: ViT, method: Mapping[str, Any]) -> None:
             state[name].copy_(tensor)
     if facts.mean is not None and facts.std is not None:
         vit.mean, vit.std, vit.scaling = facts.mean, facts.std, facts.scaling
+
+
+def _check(tensors: Mapping[str, Tensor], vit: ViT, file: str) -> None:
+    """Refuse an adapter's tensors, all with a place in `vit`, that are not all of them, not of its kinds or broken.
+
+    Raises:
+        WeightsError: names the tensors.
+    """
+    # What came with the source is part of the base.
+    lacking = sorted(added(vit, lasting=not vit.inherited) - tensors.keys())
+    if lacking:
+        raise WeightsError(
+            f"{file}: lacks {', '.join(lacking[:5])}, which its method puts on this model; load the model that it was "
+            "trained from, and if this is it, take another copy of the file"
+        )
+    state = vit.state_dict()
+    check_kinds({name: tensor for name, tensor in tensors.items() if state[name].is_floating_point()}, file)
+    for name, tensor in tensors.items():
+        wanted = state[name].dtype
+        if tensor.dtype != wanted and not wanted.is_floating_point:
+            raise WeightsError(f"{file}: {name} holds {tensor.dtype}, where {wanted} belongs; take another copy of it")
+    check_finite(tensors, file)

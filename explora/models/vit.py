@@ -213,9 +213,11 @@ class ViT(nn.Module):
         read: list[Tensor] = []
         blocks: Any = self.blocks
         for number, block in enumerate(blocks):
+            heads = None
             if self.pool is not None:
-                read.append(block.read(x_TD, layout, read[-1] if read else None))
-            x_TD = block(x_TD, layout, self._drop())
+                found, heads = block.read(x_TD, layout, read[-1] if read else None)
+                read.append(found)
+            x_TD = block(x_TD, layout, self._drop(), heads)
             if number >= self.depth - last:
                 streams.append(x_TD)
         return streams, read

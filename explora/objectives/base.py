@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +78,7 @@ class Objective(nn.Module, abc.ABC):
         Returns:
             The penalty for the log; nothing where the method has none.
         """
-        penalty = self.method.penalty(self.backbone, progress)
+        penalty = self.method.penalty(self.backbone, self._of_backbone(progress))
         if penalty is None:
             return {}
         learning = [p for p in self.backbone.parameters() if p.requires_grad]
@@ -90,17 +91,18 @@ class Objective(nn.Module, abc.ABC):
     def finish(self, moments: Moments, progress: Progress) -> None:
         """All that follows an optimizer step: the objective's own `after_step`, then the method's."""
         self.after_step(progress)
-        self.method.after_step(self.backbone, moments, progress)
+        own = self._of_backbone(progress)
+        self.method.after_step(self.backbone, moments, own)
         if self.result is not self.backbone:
-            self.method.after_step(self.result, None, progress)
+            self.method.after_step(self.result, None, own)
 
     def health(self) -> dict[str, float]:
         """Numbers about the last step that are no sums over its parts; every rank must ask. Waits for the device."""
         return {}
 
     def numbers(self) -> dict[str, float]:
-        """`health` and what the method has to say."""
-        return self.health() | self.method.health(self.backbone)
+        """`health` and what the method has to say of the model to export."""
+        return self.health() | self.method.health(self.result)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """What this objective makes of a batch, each (B, C, H, W), normalised as the batch is; often nothing."""
@@ -113,6 +115,15 @@ class Objective(nn.Module, abc.ABC):
     def lr_scale(self, role: str, progress: Progress) -> float:
         """Factor on the learning rate of all parameters of a role at this step."""
         return 1.0
+
+    def _of_backbone(self, progress: Progress) -> Progress:
+        """Where the backbone's own training stands, which begins with its first rate above 0; before, at its start.
+
+        A method that closes what is of no use must not judge while heads learn alone.
+        """
+        steps = range(progress.steps)
+        start = bisect(steps, 0.0, key=lambda step: self.lr_scale("backbone", progress._replace(step=step)))
+        return progress._replace(step=max(0, progress.step - start), steps=progress.steps - start)
 
     @property
     def roots(self) -> list[nn.Module]:

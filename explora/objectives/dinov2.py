@@ -256,8 +256,8 @@ class DINOv2(Objective):
         """KoLeo over the batch where no micro-batch sees all of this rank's: it takes a pass of its own."""
         if len(micro_batches) == 1 or not self._spreads_over_batch:
             return [None] * len(micro_batches)
-        # Where passes draw, the local crops must pass too, or the draws would differ from those of the loss's pass.
-        local = self.config.drop_path > 0 or self.method.draws
+        # With drop path the local crops must pass too, or the draws would differ from those of the loss's pass.
+        local = self.config.drop_path > 0
         passes = zip(micro_batches, seeds, strict=True)
         tokens = [self._study(batch, seed, progress, local=local)[0] for batch, seed in passes]
         return koleo.cache([part.cls_BD.unflatten(0, (2, -1)) for part in tokens], counts)

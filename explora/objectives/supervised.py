@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -37,15 +37,25 @@ class SupervisedConfig(Config):
 
 
 class Supervised(Objective):
-    """Cross-entropy on labels, with label smoothing, mixup and CutMix as timm has them."""
+    """Cross-entropy on labels, with label smoothing, mixup and CutMix as timm has them.
+
+    Args:
+        extra: after each forward pass, by name, what the backbone adds to the loss of its images (scalars, their mean).
+    """
 
     inputs = frozenset({"image", "label"})
     _among: Tensor | None
     _places: Tensor | None
 
-    def __init__(self, config: SupervisedConfig, backbone: ViT, classes: int) -> None:
+    def __init__(
+        self,
+        config: SupervisedConfig,
+        backbone: ViT,
+        classes: int,
+        extra: Callable[[], dict[str, Tensor]] = dict,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self._extra = config, extra
         backbone.drop_path = config.drop_path
         width = backbone.width * (2 if config.pool == "cls_mean" else 1)
         self.student = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(width, classes)})
@@ -93,8 +103,11 @@ class Supervised(Objective):
             logits = self._logits(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         accuracy = (logits.argmax(-1) == labels).float().mean()
+        extra = {name: term * target for name, term in self._extra().items()}
         parts = {"cross_entropy": loss.detach() * target, "train_accuracy": accuracy * target}
-        return StepOutput(loss * target, parts)
+        return StepOutput(
+            sum(extra.values(), start=loss * target), parts | {name: term.detach() for name, term in extra.items()}
+        )
 
     def _logits(self, images: Tensor) -> Tensor:
         logits = classify(self.backbone([images])[0], self.head, self.config.pool)

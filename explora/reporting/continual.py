@@ -1,4 +1,4 @@
-"""The report of a class-incremental run: accuracy by task and time, what forgetting is made of, the joint bound."""
+"""The report of a class-incremental run: accuracy by task and time, what forgetting is made of, joint training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from explora.errors import RunError
 from explora.reporting import figures, words
-from explora.reporting.continual_run import CORRECTED, Continual, Joint, Variant, read_continual
+from explora.reporting.continual_run import CORRECTED, ONE_PASS, RETAINED, Continual, Joint, Variant, read_continual
 from explora.runs import write_atomically
 
 _FEW_TASKS = 8  # two maps side by side are readable up to here
@@ -38,7 +38,7 @@ def write_continual(folder: Path, out: Path | None = None) -> Path:
 def continual_table(folder: Path) -> str:
     """Results of a continual run as text of at most 80 columns, without a final newline; percent, 95 % intervals."""
     run = read_continual(Path(folder))
-    lines = [["", "average", "interval", "forgetting", "incremental", "selected"]]
+    lines = [["", "average", "interval", "forgot", "incremental", "routed"]]
     for variant in run.variants:
         lines.append([variant.name, *_cells(variant)])
     if run.joint:
@@ -68,6 +68,7 @@ def _render(run: Continual) -> str:
         small=run.done <= _FEW_TASKS,
         parts=_parts(run),
         corrected=any(variant.name.endswith(CORRECTED) for variant in run.variants),
+        retained=any(variant.name.endswith(RETAINED) for variant in run.variants),
         missing=list(_missing(run)),
     )
 
@@ -98,14 +99,14 @@ def _headline(run: Continual) -> tuple[str, str]:
     how = "told the task of every image" if main.told else f"the task chosen by {_spoken(main)}"
     said = [f"One model, {how}, on {images} test images: 95 % interval {_interval(main)}."]
     if run.joint and run.finished:
-        said.append(f"The bound of joint training has {_interval(run.joint)}.")
+        said.append(f"The interval of joint training is {_interval(run.joint)}.")
     if run.done > 1:
         said.append(f"Forgetting is {words.percent(main.forgetting)} points.")
     return first, " ".join(said)
 
 
 def _spoken(variant: Variant) -> str:
-    return "the norms themselves" if variant.name == "one_pass" else variant.name.replace("_", " ")
+    return "the norms themselves" if variant.name == ONE_PASS else variant.name.replace("_", " ")
 
 
 def _strip(run: Continual) -> Iterator[tuple[str, str, str]]:
@@ -121,12 +122,12 @@ def _strip(run: Continual) -> Iterator[tuple[str, str, str]]:
 
 def _progress(run: Continual) -> Markup:
     """Mean accuracy after each task, a line a variant; those with corrections look like those without, dotted."""
-    plain = [variant.name for variant in run.variants if not variant.name.endswith(CORRECTED)]
-    lines = []
-    for variant in run.variants:
-        base = variant.name.removesuffix(CORRECTED)
-        look = plain.index(base) if base in plain else len(plain)
-        lines.append(figures.Line(variant.name, variant.averages, look, dotted=base != variant.name))
+    choices = list(dict.fromkeys(variant.choice for variant in run.variants))
+    lines = [
+        figures.Line(each.name, each.averages, choices.index(each.choice), dotted=each.choice != each.name)
+        for each in run.variants
+        if not each.name.endswith(RETAINED)  # as near to correction alone as dots to dots
+    ]
     return figures.progress(lines, run.joint.accuracy if run.joint else None)
 
 
@@ -154,22 +155,27 @@ def _over_time(rows: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def _labels(tasks: Sequence[Sequence[str]]) -> list[str]:
-    return [f"{number}  {', '.join(names)}" for number, names in enumerate(tasks, start=1)]
+    return [f"{number}  {', '.join(names)}" for number, names in enumerate(tasks)]
 
 
 def _parts(run: Continual) -> list[str]:
-    """What was lost against the joint bound, taken apart; empty where a part is unknown."""
+    """What was lost against joint training, taken apart; empty where a part is unknown."""
     main, oracle = run.main, run.oracle
     if main is None or oracle is None or main is oracle or not run.finished:
         return []
     said = [
         f"Told the right task, the model reaches {words.percent(oracle.average)} %: "
-        f"choosing it by {_spoken(main)} changes that by {words.points(main.average - oracle.average)} points."
+        f"choosing it by {_spoken(main)} {_change(main.average - oracle.average)}."
     ]
     if run.joint:
-        change = words.points(oracle.average - run.joint.accuracy)
-        said.append(f"Against joint training, learning one task after another changes it by {change} points even then.")
+        change = _change(oracle.average - run.joint.accuracy)
+        said.append(f"Against joint training, learning one task after another {change} even then.")
     return said
+
+
+def _change(points: float) -> str:
+    """A difference in words."""
+    return f"{'costs' if points < 0 else 'gains'} {words.percent(abs(points))} points"
 
 
 def _missing(run: Continual) -> Iterator[str]:
@@ -178,7 +184,7 @@ def _missing(run: Continual) -> Iterator[str]:
         left = len(run.tasks) - run.done
         yield f"{left} of {len(run.tasks)} tasks: the run has not finished; the same command goes on."
     if run.joint is None:
-        yield "No joint upper bound: it was left out (joint: null), or comes after the last task."
+        yield "No joint training to compare with: it was left out (joint: null), or comes after the last task."
     if all(variant.told for variant in run.variants):
         yield "No way to choose the task was measured, only the oracle."
     if not run.configs:

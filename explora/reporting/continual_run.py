@@ -1,4 +1,4 @@
-"""What a class-incremental run left on disk, read into plain values: accuracy by task and time, the joint bound."""
+"""What a class-incremental run left on disk, read into plain values: accuracy by task and time, joint training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 
 from explora.errors import RunError
 
-ORACLE = "oracle"
-"""The variant that is told which task an image is of."""
-CORRECTED = " + arc"
-"""What the names of variants with corrected predictions end in."""
+ORACLE, ONE_PASS = "oracle", "one_pass"
+"""The variants that are told which task an image is of, and whose norms choose it by themselves; others are routers."""
+CORRECTED, RETAINED = " + arc", " + retention"
+"""What the names of variants end in whose predictions are corrected, the second by a head that goes on learning."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,14 @@ class Variant:
         return cls(name, _triangle(raw["accuracy"]), selection, **numbers)
 
     @property
+    def choice(self) -> str:
+        """Its way to choose the task, without the corrections that follow."""
+        return self.name.removesuffix(CORRECTED).removesuffix(RETAINED)
+
+    @property
     def told(self) -> bool:
         """Whether the true task of every image was told."""
-        return self.name.removesuffix(CORRECTED) == ORACLE
+        return self.choice == ORACLE
 
     @property
     def averages(self) -> list[float]:
@@ -65,7 +70,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Joint:
-    """The upper bound: the same method, trained on all classes at once; percent."""
+    """What to compare with: the same method, trained on all classes at once; percent."""
 
     accuracy: float
     low: float

@@ -192,7 +192,7 @@ def heatmap(key: str, values: np.ndarray, rows: Sequence[str], low: float) -> Ma
             cell.set(facecolor=ACCENT, alpha=0.05 + 0.45 * (value - low) / max(100 - low, 1))
             axes.add_patch(cell)
             axes.text(time, task, f"{value:.{digits}f}", ha="center", va="center_baseline", fontsize=7.5, color=INK)
-        axes.set_xticks(range(tasks), [str(number + 1) for number in range(tasks)])
+        axes.set_xticks(range(tasks))
         axes.set_yticks(range(tasks), [_short(row, 24) for row in rows])
         axes.tick_params(length=0)
         axes.tick_params(axis="y", labelcolor=INK)
@@ -221,13 +221,13 @@ def progress(lines: Sequence[Line], level: float | None) -> Markup:
         for line in lines:
             style = _STYLES[line.look % len(_STYLES)] | ({"markerfacecolor": PAPER} if line.dotted else {})
             dashes = (0, (1, 1.5)) if line.dotted else "-"
-            axes.plot(range(1, most + 1), line.values, label=line.label, linestyle=dashes, linewidth=1.1, **style)
+            axes.plot(range(most), line.values, label=line.label, linestyle=dashes, linewidth=1.1, **style)
         if level is not None:
             axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (5, 3)), label="joint")
         axes.yaxis.grid(True)
         axes.spines["left"].set_visible(False)
         axes.tick_params(length=0)
-        axes.set_xticks(range(1, most + 1))
+        axes.set_xticks(range(most))
         axes.set_xlabel("after task")
         axes.set_ylabel("mean accuracy, %")
         axes.margins(x=0.03, y=0.12)

@@ -17,6 +17,7 @@ from explora.bands import Pixels
 from explora.config import Overrides
 from explora.data import Center, ShardSet
 from explora.distributed import device_of, precision_on
+from explora.engine.optim import own_rates
 from explora.models import Loaded, ModelConfig, ViT
 from explora.objectives import MAEConfig, Objective
 from explora.objectives.decoder import Decoder
@@ -136,6 +137,8 @@ def _stage(stage: str, section: TrainingSection, objective: Objective, flops: in
     yield f"  effective peak lr     {peak:.3g} (lr {section.optim.lr:g}, rule {section.optim.lr_rule})"
     for rule in section.optim.rules:
         yield f"    {rule.match:<19} {section.optim.peak(rule.lr, section.batch_size):.3g}"
+    for kind, lr in own_rates(section.optim, objective).items():
+        yield f"    {kind:<19} {lr:.3g}"
     scale = section.adapt.scale
     yield f"  low-rank scale        {'-' if scale is None else f'{scale:g}'}"
     share = 100 * counts["trained_parameters"] / counts["total_parameters"]

@@ -23,26 +23,19 @@ from explora.incremental.scores import Progression, accuracy, interval
 from explora.incremental.tasks import Task, task_of_label
 from explora.models import ViT, fingerprint, load_model, read_tensors
 from explora.models.export import save_tensors
+from explora.reporting.continual_run import CORRECTED, ONE_PASS, ORACLE, RETAINED
 from explora.runs import write_atomically
+from explora.stages.continual_config import ContinualConfig, joint_folder, task_folder
 from explora.stages.fitting import expects
 from explora.stages.pipeline import report
 from explora.stages.section import fitted
 from explora.stages.sources import local_set, refuse_strange_sets
 from explora.stages.task_features import TaskFeatures
-from explora.stages.task_modules import (
-    HEAD,
-    ContinualConfig,
-    TaskModules,
-    joint_folder,
-    rehearse_module,
-    task_folder,
-)
+from explora.stages.task_modules import HEAD, TaskModules, rehearse_module
 from explora.stages.training import announce, opened, seeded, together
 
 logger = logging.getLogger("explora")
-ORACLE, ONE_PASS = "oracle", "one_pass"
-"""What results are called where the true task is told, and where norms choose by themselves."""
-STATE = "state.safetensors"
+ORIGIN, STATE = "origin.json", "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,10 @@ def continual(source: str | Path | Mapping[str, Any], overrides: Overrides = Non
     After each task, all test images so far are judged among all classes so far. Parameters of earlier tasks never
     change, so what is forgotten is lost by the choice of module and by classes that compete in the head. Follows
     De Min et al. 2023 (arXiv 2308.09610), but what is remembered of a task and the head learn from center crops, whose
-    features are computed once; the paper augments there as well. Goes on where an unfinished run stopped.
+    features are computed once and kept in `features/`; the paper augments there as well. Beside training, most time
+    goes into these: each task's images are seen once by the source and once by every module they are ever sent to.
+    `joint` trains with the same `optim`, where the paper takes Adam at .001 x batch / 256. Goes on where an unfinished
+    run stopped.
 
     Raises:
         ExploraError: any mistake in the config, the data, the weights or the run folder.
@@ -86,6 +82,7 @@ def _continual(config: ContinualConfig) -> Learned:
             announce(loaded.vit, loaded.account)
             modules = TaskModules(config, loaded.vit, sets["train"], tasks)
             course = _Course(modules, sets, loaded.vit)
+            on_first(course.claim)
             for task in range(len(tasks)):
                 if not on_first(partial(course.resumes, task)):
                     modules.learn(task)
@@ -142,25 +139,36 @@ class _Course:
         self.sets, self.features = sets, TaskFeatures(modules, sets)
         self.classes = len(sets["train"].classes or ())
         self.task_of_class = task_of_label(self.tasks, self.classes)
-        self.origin = fingerprint(source.state_dict()), *(shards.fingerprint for shards in sets.values())
+        self.origin = {"weights": fingerprint(source.state_dict())}
+        self.origin |= {name: shards.fingerprint for name, shards in sets.items()}
         self.name = source.name
         self.remembered: list[list[Tensor]] = [[] for _ in self.config.routers]
         self.head: dict[str, Tensor] = {}
         self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
 
-    def resumes(self, task: int) -> bool:
-        """Take over what an earlier session left of a task, if it finished that.
+    def claim(self) -> None:
+        """Record what the run is made from, or compare that with what it began with.
 
         Raises:
             RunError: it began with other images or weights.
         """
+        path = Path(self.config.out) / ORIGIN
+        if not path.exists():
+            write_atomically(path, json.dumps(self.origin, indent=1) + "\n")
+        began = json.loads(path.read_text())
+        if began != self.origin:
+            other = ", ".join(name for name, value in self.origin.items() if began.get(name) != value)
+            raise RunError(
+                f"{path}: the run began with other images or weights ({other}); restore them or choose another out"
+            )
+
+    def resumes(self, task: int) -> bool:
+        """Take over what an earlier session left of a task, if it finished that."""
         path = task_folder(self.config, task) / STATE
         if not path.exists():
             return False
         tensors, facts = read_tensors(path)
-        if tuple(facts["origin"]) != self.origin:
-            raise RunError(f"{path}: was made from other images or weights; restore them or choose another out")
         for number, remembered in enumerate(self.remembered):
             if self.config.passes == 2:
                 remembered.append(tensors[f"router.{number}"])
@@ -186,7 +194,7 @@ class _Course:
         self.seconds += seconds
         tensors = {f"head.{name}": value for name, value in self.head.items()}
         tensors |= {f"router.{number}": known[-1] for number, known in enumerate(self.remembered) if known}
-        facts = {"origin": self.origin, "variants": self.rows[-1], "seconds": seconds}
+        facts = {"variants": self.rows[-1], "seconds": seconds}
         save_tensors(task_folder(self.config, task) / STATE, tensors, facts)
         self._write(None)
         averages = [Progression([self.rows[-1][label]["accuracy"]]).average for label in (ORACLE, self._first)]
@@ -230,13 +238,17 @@ class _Course:
 
     def _scored(self, variant: _Variant, task: int) -> Iterator[tuple[str, dict[str, Any]]]:
         """The accuracies of a variant after a task, without correction and with it."""
-        decided = {variant.label: self._decide(variant.features, task)}
-        if self.config.arc is not None:
-            decided[f"{variant.label} + arc"] = self._correct(variant.features, task)
+        found = {variant.label: self._decide(variant.features, task)}
+        if (arc := self.config.arc) is not None:
+            logits = (self.config.head.logits(self.head, part) for part in variant.features)
+            found[variant.label + CORRECTED] = [arc.correct(part, self.task_of_class, task) for part in logits]
+            if arc.beta is not None:
+                state, owner, seed = self.head, self.task_of_class, self.config.seed
+                found[variant.label + RETAINED] = arc.correct_retained(state, variant.features, owner, task, seed)
         truth = [self.features.labels("test", number) for number in range(task + 1)]
         chosen = variant.routes
         selection = None if chosen is None else [100 * float((r == i).double().mean()) for i, r in enumerate(chosen)]
-        for label, predictions in decided.items():
+        for label, predictions in found.items():
             low, high = interval([p == y for p, y in zip(predictions, truth, strict=True)], seed=self.config.seed)
             scores = [accuracy(p, y) for p, y in zip(predictions, truth, strict=True)]
             yield label, {"accuracy": scores, "selection": selection, "low": low, "high": high}
@@ -245,17 +257,8 @@ class _Course:
         """Labels among the classes of all tasks so far."""
         return [decided(self.config.head.logits(self.head, part), self.task_of_class, task) for part in features]
 
-    def _correct(self, features: Sequence[Tensor], task: int) -> list[Tensor]:
-        arc = self.config.arc
-        assert arc is not None
-        if arc.beta is None:
-            logits = (self.config.head.logits(self.head, part) for part in features)
-            return [arc.correct(part, self.task_of_class, task) for part in logits]
-        found, _ = arc.retain(self.head, torch.cat(list(features)), self.task_of_class, task, self.config.seed)
-        return list(found.split([len(part) for part in features]))
-
     def _joint(self) -> dict[str, Any]:
-        """The upper bound, judged by the head that it was trained with."""
+        """Joint training, judged by the head that it was trained with."""
         folder = joint_folder(self.config)
         head = read_tensors(folder / HEAD)[0]
         predictions, truth = [], []
@@ -270,7 +273,6 @@ class _Course:
     def _write(self, joint: dict[str, Any] | None) -> dict[str, Any]:
         tasks = range(len(self.tasks))
         counts = {name: [len(self.features.labels(name, task)) for task in tasks] for name in self.sets}
-        trained = json.loads((self.modules.folder(0) / "summary.json").read_text())
         results = {
             "model": self.name,
             "method": self.config.adapt.name,
@@ -278,7 +280,7 @@ class _Course:
             "tasks": [list(task.classes) for task in self.tasks],
             "train_images": counts["train"],
             "test_images": counts["test"],
-            "module_parameters": trained["trained_parameters"],
+            "module_parameters": max(map(self.modules.stored, range(len(self.rows)))),
             "seconds": round(self.seconds, 2),
             "variants": {label: _progress([row[label] for row in self.rows]) for label in self.rows[0]},
             "joint": joint,

@@ -45,7 +45,7 @@ class Result:
             self._plain.get_parameter(name).copy_(tensor)
         vit = copy.deepcopy(self._plain)
         method = self._method.settle(vit)
-        left = added(vit) | set(self._adapts)
+        left = added(vit, lasting=False) | set(self._adapts)
         learnt_names = [name for name in vit.state_dict() if name in left]
         save_adapter(folder / "adapter.safetensors", vit, learnt_names, method.model_dump(mode="json"))
         method.merge(vit)

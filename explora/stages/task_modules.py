@@ -6,124 +6,33 @@ import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from explora.adapt import AnyMethod, Norms, adapt
+from explora.adapt import adapt
 from explora.data import ShardSet
 from explora.distributed import gathered, on_first
-from explora.engine import OptimConfig
 from explora.errors import WeightsError
-from explora.incremental.arc import ARC
-from explora.incremental.heads import AnyHead, LinearHead
 from explora.incremental.norms import Pass, plain_names, put_on
-from explora.incremental.routers import AnyRouter, Keys
-from explora.incremental.tasks import Task, TasksConfig
+from explora.incremental.tasks import Task
 from explora.models import Loaded, ViT, read_tensors
-from explora.models.export import facts_of, save_tensors
-from explora.objectives import Objective, Supervised, SupervisedConfig
-from explora.objectives.base import Batch, StepOutput
-from explora.schedules import Length, LengthField, Progress
+from explora.models.additions import added
+from explora.models.export import facts_of, save_adapter, save_tensors
+from explora.objectives import Objective, Supervised
 from explora.stages import finetune
-from explora.stages.finetune import FinetuneSection
+from explora.stages.continual_config import ContinualConfig, joint_folder, task_folder
 from explora.stages.fitting import expects
-from explora.stages.section import TrainingPlace, rehearse
-from explora.stages.training import opened, seeded, train
+from explora.stages.section import rehearse
+from explora.stages.training import learning, opened, seeded, train
 
+MODULE, ADAPTER, HEAD = "module.safetensors", "adapter.safetensors", "head.safetensors"
 Values = dict[str, Tensor]
 
 
-class TaskOptim(OptimConfig):
-    """AdamW for one task: De Min et al. 2023 train at a constant rate, without decay, with a fresh optimizer."""
-
-    lr: float = Field(0.005, gt=0)
-    """Peak learning rate before `lr_rule`."""
-    lr_rule: Literal["none", "sqrt1024", "linear256"] = "linear256"
-    """How the rate follows the batch of a step: not, by sqrt(batch / 1024), by batch / 256."""
-    min_lr: float = Field(1.0, ge=0)
-    """Where the cosine ends; at the peak or above, the rate is constant."""
-    warmup: LengthField = Length(0, "steps")
-    """Length of the linear warm-up from zero."""
-    weight_decay: tuple[float, float] = (0.0, 0.0)
-    """Start and end of weight decay; above 0 it also pulls at rows of the head that learn nothing."""
-
-
-class ContinualConfig(TrainingPlace, FinetuneSection):
-    """Config of `explora continual`; a training setting is that of each task."""
-
-    train: str
-    """Labelled shards that `explora pack` wrote, to learn from."""
-    test: str
-    """Labelled shards of the same classes that only judge."""
-    tasks: TasksConfig
-    """Which classes come together, and in which order."""
-    passes: Literal[1, 2] = 2
-    """2: a router picks the task of an image, then the task's module sees it; 1: each LayerNorm picks by itself."""
-    routers: tuple[AnyRouter, ...] = Field((Keys(),), min_length=1)
-    """What finds the task of an image; the first one routes while the head learns, all are compared."""
-    head: AnyHead = LinearHead()
-    """The classifier over all classes."""
-    arc: ARC | None = None
-    """Corrects decisions at test time; null leaves it out, otherwise each variant is judged with and without it."""
-    warm_start: bool = True
-    """Whether the module of a task starts as that of the task before; otherwise as the method starts."""
-    joint: LengthField | None = Length(10, "epochs")
-    """Length of training on all tasks at once, the upper bound; null leaves it out."""
-    steps: LengthField = Length(5, "epochs")
-    """Length of the training of each task's module, in its own images."""
-    adapt: AnyMethod = Norms()
-    """What a module is: which part of the backbone a task may change, and how."""
-    objective: SupervisedConfig = SupervisedConfig(pool="cls", label_smoothing=0)
-    """The loss of a module's training; `pool` is also what the head is given."""
-    optim: TaskOptim = TaskOptim()
-    """Learning rates, their schedule and weight decay."""
-
-    @model_validator(mode="after")
-    def _told_apart(self) -> ContinualConfig:
-        labels = [router.label for router in self.routers]
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ValueError(f"routers: {', '.join(twice)} more than once: results could not be told apart; keep one")
-        if self.joint is not None and self.joint.unit == "%":
-            raise ValueError("joint: cannot be a percentage; use steps, epochs or samples")
-        if self.arc is not None and self.arc.beta is not None and not isinstance(self.head, LinearHead):
-            raise ValueError("arc.beta: only a linear head can go on learning; take head linear or leave beta out")
-        return self
-
-    @model_validator(mode="after")
-    def _one_pass(self) -> ContinualConfig:
-        if self.passes == 2:
-            return self
-        if not isinstance(self.adapt, Norms):
-            raise ValueError(f"passes: 1 needs adapt norms, got '{self.adapt.name}': it is the LayerNorms that choose")
-        if "routers" in self.model_fields_set:
-            raise ValueError("routers: with passes 1 each LayerNorm chooses by itself; leave routers out")
-        if self.objective.drop_path > 0:
-            raise ValueError("objective.drop_path: must be 0 with passes 1, where each norm must see every image")
-        if not self.warm_start:
-            raise ValueError("warm_start: false has no meaning with passes 1, whose keys go on from task to task")
-        if self.loop.compile or self.loop.activation_checkpointing != "none":
-            raise ValueError("loop: passes 1 runs without compile and activation_checkpointing; leave them out")
-        return self
-
-
-class _Keyed(Supervised):
-    """Cross-entropy minus the similarity to the keys of the task that learns (De Min et al. 2023, one pass)."""
-
-    passing: Pass
-
-    def forward(self, batch: Batch, target: float, progress: Progress) -> StepOutput:
-        output = super().forward(batch, target, progress)
-        similarity = self.passing.similarity()
-        parts = {**output.parts, "similarity": similarity.detach() * target}
-        return StepOutput(output.loss - similarity * target, parts)
-
-
 class Learnt:
-    """What a module's training leaves: adapter.safetensors, exactly as it learnt, and the head it learnt with."""
+    """What a module's training leaves: module.safetensors, exactly as it learnt, and the head it learnt with."""
 
     def __init__(self, objective: Supervised) -> None:
         self._objective = objective
@@ -134,11 +43,8 @@ class Learnt:
         state = objective.backbone.state_dict(keep_vars=True)
         values = gathered({name: tensor for name, tensor in state.items() if id(tensor) not in base})
         head = gathered(objective.head.state_dict())
-        on_first(lambda: save_tensors(folder / ADAPTER, values, facts_of(objective.backbone)))
+        on_first(lambda: save_tensors(folder / MODULE, values, facts_of(objective.backbone)))
         on_first(lambda: save_tensors(folder / HEAD, head, {"pool": objective.config.pool}))
-
-
-ADAPTER, HEAD = "adapter.safetensors", "head.safetensors"
 
 
 class TaskModules:
@@ -157,15 +63,22 @@ class TaskModules:
         return task_folder(self.config, task) / "module"
 
     def learn(self, task: int) -> None:
-        """Train the module of a task, unless that has been done; every rank must ask."""
+        """Train the module of a task, unless that has been done; every rank must ask.
+
+        Where the method lets nothing of the backbone learn there is nothing to train: the head of this stage is never
+        used again.
+        """
         seeded(self.config.seed)
         objective = build(self.config, copy.deepcopy(self.source), self._classes)
         if task:
             before = self.folder(task - 1)
             objective.head.load_state_dict(read_tensors(before / HEAD)[0])
-            if self.config.warm_start:
-                fill(objective.backbone, read_tensors(before / ADAPTER)[0])
-        self._train(self.config, self.folder(task), objective, self.tasks[task].labels, f"task {task}")
+            if self.config.goes_on:
+                fill(objective.backbone, self.values(task - 1))
+        if learning(objective.backbone):
+            self._train(self.config, self.folder(task), objective, self.tasks[task].labels, f"task {task}")
+        else:
+            self._leave(self.folder(task), objective)
 
     def learn_jointly(self) -> None:
         """Train one module on all tasks at once, with a head of its own; every rank must ask."""
@@ -178,15 +91,20 @@ class TaskModules:
 
     def values(self, task: int) -> Values:
         """What the module of a task has learnt, by its names in the adapted backbone."""
-        return read_tensors(self.folder(task) / ADAPTER)[0]
+        return read_tensors(self.folder(task) / MODULE)[0]
 
     def plain(self, folder: Path) -> ViT:
         """A copy of the source with the module that a run folder holds, merged."""
-        values, vit = read_tensors(folder / ADAPTER)[0], copy.deepcopy(self.source)
+        values, vit = read_tensors(folder / MODULE)[0], copy.deepcopy(self.source)
         adapt(vit, self.config.adapt)
         fill(vit, plain_names(values) if self.config.passes == 1 else values)
         self.config.adapt.settle(vit).merge(vit)
         return vit.requires_grad_(False).eval()
+
+    def stored(self, task: int) -> int:
+        """How many numbers are kept of a task's module once training is over."""
+        kept = read_tensors(self.folder(task) / (MODULE if self.config.passes == 1 else ADAPTER))[0]
+        return sum(value.numel() for value in kept.values() if value.is_floating_point())
 
     def choosing(self, upto: int) -> tuple[ViT, Pass]:
         """A copy of the source whose norms choose among tasks 0 to `upto`, and what knows what they chose."""
@@ -208,29 +126,46 @@ class TaskModules:
         images = self._images.taking(np.flatnonzero(np.isin(self._images.labels, labels)))
         with opened(own) as run:
             if on_first(lambda: run.summary) is None:
-                run.finish(train(run, own, own.seed, objective, Learnt(objective), images, stage))
+                summary = train(run, own, own.seed, objective, Learnt(objective), images, stage)
+                on_first(lambda: self._settled(own))
+                run.finish(summary)
+
+    def _leave(self, folder: Path, objective: Supervised) -> None:
+        """Leave the files of a training that has nothing to train."""
+        own = self.config.model_copy(update={"out": str(folder)})
+        with opened(own) as run:
+            if on_first(lambda: run.summary) is None:
+                Learnt(objective).save(run.folder)
+                on_first(lambda: self._settled(own))
+                run.finish({"method": self.config.adapt.name, "trained_parameters": 0, "seconds": 0.0})
+
+    def _settled(self, config: ContinualConfig) -> None:
+        """Write adapter.safetensors, for `explora.adapt.attach`, beside the module that a run folder holds."""
+        if config.passes == 1:
+            return  # keys have no place in an adapter
+        vit = copy.deepcopy(self.source)
+        expects(vit, config.views)
+        learns = adapt(vit, config.adapt)
+        fill(vit, read_tensors(Path(config.out) / MODULE)[0])
+        method = config.adapt.settle(vit)
+        kept = added(vit, lasting=False) | set(learns)
+        names = [name for name in vit.state_dict() if name in kept]
+        save_adapter(Path(config.out) / ADAPTER, vit, names, method.model_dump(mode="json"))
 
 
 def build(config: ContinualConfig, vit: ViT, classes: int) -> Supervised:
-    """Adapt a backbone, in place, for the module of a task, and put a fresh head on it."""
+    """Adapt a backbone, in place, for the module of a task, and put a fresh head on it.
+
+    In one pass the loss is cross-entropy less the similarity to the keys of the task (De Min et al. 2023).
+    """
     if config.passes == 2:
         return finetune.build(config, Loaded(vit, None, {}), classes)
     passing = put_on(vit, [], config.seed)
     expects(vit, config.views)
     adapt(vit, config.adapt)
-    objective = _Keyed(config.objective, vit, classes)
-    objective.method, objective.passing = config.adapt, passing
+    objective = Supervised(config.objective, vit, classes, extra=passing.terms)
+    objective.method = config.adapt
     return objective
-
-
-def task_folder(config: ContinualConfig, task: int) -> Path:
-    """Where all of one task is."""
-    return Path(config.out) / f"task{task:02d}"
-
-
-def joint_folder(config: ContinualConfig) -> Path:
-    """The run folder of training on all tasks at once."""
-    return Path(config.out) / "joint"
 
 
 @torch.no_grad()

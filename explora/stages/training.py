@@ -254,11 +254,13 @@ def families(names: Iterable[str]) -> list[str]:
     """Parameter names to read, in the model's order.
 
     What learns in most blocks is written once, `blocks.*.norm1.weight`; other blocks are told by their numbers,
-    `blocks.9-11.norm1.weight`. What a method added to one layer is one line, `blocks.*.attn.qkv.lora*`.
+    `blocks.9-11.norm1.weight`. What begins alike in one layer is one line, `blocks.*.attn.qkv.lora*`.
     """
+    beginnings = {name: re.sub(r"(\.[^._]+)_\w+$", r"\1*", name) for name in names}
+    alike = Counter(beginnings.values())
     found: dict[tuple[str, str], set[int]] = {}
-    for name in names:
-        short = re.sub(r"\.(lora|ia3|diff)_\w+$", r".\1*", name)
+    for name, beginning in beginnings.items():
+        short = beginning if alike[beginning] > 1 else name
         stack, number, rest = short.split(".", 2) if re.match(r"\w+\.\d+\.", short) else ("", "0", short)
         found.setdefault((stack, rest), set()).add(int(number))
     depth: Counter[str] = Counter()

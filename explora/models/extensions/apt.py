@@ -17,9 +17,9 @@ from explora.models.vit import ViT
 class APTSettings(Config):
     """What can be chosen of APT."""
 
-    memories: int = Field(200, ge=1)
+    memories: int = Field(200, ge=1, le=10_000)
     """Rows of the memory of each block."""
-    rank: int = Field(4, ge=1)
+    rank: int = Field(4, ge=1, le=1_000)
     """Rank of the term by which addresses differ from the memories."""
     gate: bool = True
     """Whether a learnable gate, 0 at first, stands before each memory, so that outputs start as the source's; the

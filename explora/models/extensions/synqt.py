@@ -19,9 +19,9 @@ from explora.models.vit import ViT
 class SynQTSettings(Config):
     """What can be chosen of SynQT."""
 
-    tokens: int = Field(4, ge=1)
+    tokens: int = Field(4, ge=1, le=1_000)
     """Queries at each block."""
-    bottleneck: int = Field(48, ge=1)
+    bottleneck: int = Field(48, ge=1, le=10_000)
     """Width of the adapter that makes them."""
 
 
