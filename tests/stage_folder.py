@@ -44,7 +44,11 @@ def tiny(kind: str = "plain", seed: int = 0, **changes: Any) -> ViT:
 def trained(vit: ViT, method: Method) -> tuple[ViT, list[str]]:
     """An adapted copy in which everything that learns has moved."""
     vit = copy.deepcopy(vit)
-    learnt = adapt(vit, method)
+    if method.settled:  # what a finished run describes; `adapt` is for those that begin
+        method.modify(vit)
+        learnt = [name for name, _ in vit.named_parameters() if method.trains(name, vit)]
+    else:
+        learnt = adapt(vit, method)
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
             if name in learnt:

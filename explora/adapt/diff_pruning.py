@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -25,9 +26,9 @@ FIXED = 1e6
 class ChangedLinear(Adopted):
     """A linear layer whose frozen weight gets a change before each product."""
 
+    @abc.abstractmethod
     def changed(self) -> Tensor:
         """The weight that counts, (out, in)."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.changed(), self.bias)
