@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from explora.errors import RunError
 from explora.reporting import figures, words
 from explora.reporting.continual_run import CORRECTED, ONE_PASS, RETAINED, Continual, Joint, Variant, read_continual
-from explora.runs import write_atomically
+from explora.reporting.pages import rendered, save_page
 
 _FEW_TASKS = 8  # two maps side by side are readable up to here
 
@@ -27,12 +25,7 @@ def write_continual(folder: Path, out: Path | None = None) -> Path:
     """
     run = read_continual(Path(folder))
     path = Path(out) if out is not None else run.path / "report.html"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{path}: cannot write: {error.strerror}; choose another place") from None
-    write_atomically(path, _render(run))
-    return path
+    return save_page(path, _render(run))
 
 
 def continual_table(folder: Path) -> str:
@@ -52,12 +45,10 @@ def continual_table(folder: Path) -> str:
 
 def _render(run: Continual) -> str:
     """The page as text."""
-    pages = Environment(
-        loader=PackageLoader("explora.reporting", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    pages.filters.update(percent=words.percent, count=words.count, duration=words.duration)
-    return pages.get_template("continual.html").render(
+    return rendered(
+        "continual.html",
         run=run,
+        configs=run.configs,
         title=run.path.resolve().name or "run",
         headline=_headline(run),
         strip=list(_strip(run)),

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from explora.errors import RunError
 from explora.reporting import figures, words
 from explora.reporting.classes import confusion
 from explora.reporting.folder import Chain, read_chain
 from explora.reporting.health import KEYS, health
+from explora.reporting.pages import rendered, save_page
 from explora.reporting.rows import Column, Row
 from explora.reporting.trust import trust
-from explora.runs import write_atomically
 
 _MOST_PICTURES = 8
 
@@ -32,26 +29,14 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     run = Path(run)
     chain = read_chain(run)
     path = Path(out) if out is not None else run / "report.html"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{path}: cannot write: {error.strerror}; choose another place") from None
-    write_atomically(path, render(chain))
-    return path
+    return save_page(path, render(chain))
 
 
 def render(chain: Chain) -> str:
     """The page as text."""
-    pages = Environment(
-        loader=PackageLoader("explora.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    pages.filters.update(percent=words.percent, points=words.points, count=words.count, duration=words.duration)
-    pages.filters.update(decimal=words.decimal)
     classes = confusion(chain)
-    return pages.get_template("page.html").render(
+    return rendered(
+        "page.html",
         chain=chain,
         words=words,
         title=(chain.path.resolve().name or "run"),
