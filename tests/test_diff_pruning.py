@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import MODEL
 from safetensors.torch import load_file
+from small_models import loss_of, outputs
 from stopping import assert_same, rows, stopped_at
 from tiny_dinov2 import at, objective, run, split, views
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from explora.errors import ConfigError, WeightsError
 from explora.models import ViT, build, load_backbone
 from explora.models.export import save_adapter
 from explora.schedules import Length, Progress
-from explora.stages import training
 
 Make = Callable[..., dict[str, Any]]
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -56,18 +56,6 @@ def stir(vit: nn.Module, seed: int = 2) -> None:
     for layer in changing(vit):
         layer.diff_w.normal_(std=0.1)
         layer.diff_alpha.normal_(std=2)
-
-
-@torch.no_grad()
-def outputs(vit: ViT) -> Tensor:
-    torch.manual_seed(1)
-    tokens = vit([torch.randn(2, 3, 32, 32)])[0]
-    return torch.cat([tokens.cls_BD[:, None], tokens.patches_BND], 1)
-
-
-def loss_of(vit: ViT) -> Tensor:
-    """How far half of the channels are from 1; of all of them the final norm would leave nothing to learn."""
-    return (vit([torch.randn(2, 3, 32, 32)])[0].patches_BND[..., :16] - 1).square().mean()
 
 
 def after(method: DiffPruning, vit: ViT, step: int, steps: int = 10, teacher: bool = False) -> None:
@@ -357,10 +345,3 @@ def test_a_run_leaves_a_small_adapter_and_goes_on_after_a_stop(tmp_path: Path, p
     stopped_at(5, explora.pretrain, config)  # its checkpoint holds the choice
     explora.pretrain(config)
     assert_same(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_shards_are_refused(tmp_path: Path, pretraining: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "size", lambda: 2)
-    config = pretraining(tmp_path, adapt={"name": "diff_pruning"}, loop={"parallel": "fsdp"})
-    with pytest.raises(ConfigError, match=r"loop\.parallel: 'fsdp', but adapt 'diff_pruning' needs all"):
-        explora.pretrain(config)

@@ -221,6 +221,16 @@ def test_every_method_runs_under_every_objective_or_says_why_not(name, objective
         assert_close(outputs(attached(source, out)), outputs(vit.eval()), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("loop", [{"parallel": "fsdp"}, {"parallel": "hsdp"}, {"shard": "all"}])
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.whole])
+def test_a_method_that_must_be_whole_is_refused_in_shards(name, loop, pretraining, tmp_path):
+    config = pretraining(tmp_path / "out", adapt={"name": name, **SAMPLES[name]}, loop=loop)
+    with pytest.raises(
+        ConfigError, match=f"adapt '{name}' needs all that learns whole on every rank; take ddp or auto"
+    ):
+        explora.check(config)
+
+
 def attached(source: ViT, out: Path) -> ViT:
     attach(source, out / "adapter.safetensors")
     return source.eval()

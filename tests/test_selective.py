@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import MODEL
 from safetensors.torch import load_file
+from small_models import loss_of, outputs
 from stopping import assert_same, rows, stopped_at
 from test_parallel import parallel_of, parts_for, step
 from test_ranks import on_ranks
 from tiny_dinov2 import at, objective
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 import explora
@@ -31,7 +32,6 @@ from explora.errors import ConfigError
 from explora.models import ViT, build, load_backbone
 from explora.objectives import Supervised, SupervisedConfig
 from explora.schedules import Length, Progress
-from explora.stages import training
 
 Make = Callable[..., dict[str, Any]]
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -64,18 +64,6 @@ def put(vit: nn.Module, scores: list[float]) -> None:
     given = iter(scores)
     for layer in gated(vit):
         layer.lora_score.copy_(torch.tensor([next(given) for _ in layer.parts]))
-
-
-@torch.no_grad()
-def outputs(vit: ViT) -> Tensor:
-    torch.manual_seed(1)
-    tokens = vit([torch.randn(2, 3, 32, 32)])[0]
-    return torch.cat([tokens.cls_BD[:, None], tokens.patches_BND], 1)
-
-
-def loss_of(vit: ViT) -> Tensor:
-    """How far half of the channels are from 1; of all of them the final norm would leave nothing to learn."""
-    return (vit([torch.randn(2, 3, 32, 32)])[0].patches_BND[..., :16] - 1).square().mean()
 
 
 # Gates
@@ -437,13 +425,6 @@ def test_an_adapter_of_which_nothing_is_left_is_the_source(tmp_path: Path, finet
     merged = load_backbone(tmp_path / "backbone.safetensors").state_dict()
     attach(source, tmp_path / "adapter.safetensors")
     assert all(torch.equal(tensor, merged[name]) for name, tensor in source.state_dict().items())
-
-
-def test_shards_are_refused(tmp_path: Path, pretraining: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "size", lambda: 2)
-    config = pretraining(tmp_path, adapt={"name": "selective", "rank": 2}, loop={"parallel": "fsdp"})
-    with pytest.raises(ConfigError, match=r"loop\.parallel: 'fsdp', but adapt 'selective' needs all that learns whole"):
-        explora.pretrain(config)
 
 
 def trained(plan: Plan, sizes: list[list[int]]) -> dict[str, Any]:

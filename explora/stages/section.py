@@ -65,6 +65,16 @@ class TrainingSection(Config):
             raise ValueError(f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} micro_batches")
         return self
 
+    @model_validator(mode="after")
+    def _whole_on_every_rank(self) -> TrainingSection:
+        loop = self.loop
+        if self.adapt.whole and (loop.parallel in ("fsdp", "hsdp") or loop.shard != "auto"):
+            raise ValueError(
+                f"adapt '{self.adapt.name}' needs all that learns whole on every rank; take ddp or auto for "
+                "loop.parallel, and leave loop.shard out"
+            )
+        return self
+
     @property
     def images_at_once(self) -> int:
         """Images of one micro-batch on one rank.

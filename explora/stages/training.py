@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from explora import config as configs
 from explora.distributed import Parallel, choose, device_of, joined, local_size, of_all, on_first, precision_on, size
 from explora.engine import LoopConfig, Monitor, Optimizer, Outcome, Seen, Training
-from explora.errors import ConfigError, RunError
+from explora.errors import RunError
 from explora.models import Account, ViT, fingerprint
 from explora.models.additions import added
 from explora.objectives import Objective
@@ -174,7 +174,7 @@ def _parallel(config: TrainingSection, objective: Objective) -> Parallel:
     _refuse_unlike({"loop.precision": precision})
     held = sizes(objective, config, precision)
     memories = [memory for memory in of_all(memory_of(device)) if memory is not None]
-    wish = _whole(config) if config.adapt.whole and size() > 1 else loop.parallel
+    wish = "ddp" if config.adapt.whole else loop.parallel
     plan = choose(wish, loop.shard, held, min(memories, default=None), size(), min(of_all(local_size())))
     parallel = Parallel(
         objective,
@@ -190,20 +190,6 @@ def _parallel(config: TrainingSection, objective: Objective) -> Parallel:
         moved = " and ".join(f"{count / 2**20:.1f} MiB are {what}" for what, count in parallel.traffic.items())
         logger.info("%d ranks, %s: %s; in a step %s", size(), plan.mode, plan.why, moved)
     return parallel
-
-
-def _whole(config: TrainingSection) -> Literal["ddp"]:
-    """The layout of methods that need all that learns on every rank.
-
-    Raises:
-        ConfigError: the config asks for another.
-    """
-    if config.loop.parallel in ("fsdp", "hsdp"):
-        raise ConfigError(
-            f"loop.parallel: '{config.loop.parallel}', but adapt '{config.adapt.name}' needs all that learns whole on "
-            "every rank; take ddp or auto"
-        )
-    return "ddp"
 
 
 def _cost(progress: Progress, outcome: Outcome) -> dict[str, Any]:
