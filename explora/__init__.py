@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from explora.models import load_backbone
     from explora.objectives import DINOv2, Supervised
     from explora.stages.check import check
+    from explora.stages.compare import compare
     from explora.stages.continual import continual
     from explora.stages.demo import demo
     from explora.stages.export import export
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "explora.stages.check": ("check",),
+    "explora.stages.compare": ("compare",),
     "explora.stages.continual": ("continual",),
     "explora.stages.demo": ("demo",),
     "explora.stages.export": ("export",),

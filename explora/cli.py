@@ -122,6 +122,17 @@ def probe(config: ConfigFile, overrides: Changes = None) -> None:
 
 
 @app.command()
+def compare(
+    configs: Annotated[
+        list[str],
+        typer.Argument(help="YAML configs that together are one, then overrides", metavar="CONFIG... KEY=VALUE"),
+    ],
+) -> None:
+    """Try many methods on one task, and see which gains what and forgets how much."""
+    explora.compare([item for item in configs if "=" not in item], [item for item in configs if "=" in item])
+
+
+@app.command()
 def report(
     folder: Annotated[str, typer.Argument(help="folder of a chain", metavar="RUN")],
     out: Annotated[str | None, typer.Option(help="where to write the page; the run folder unless given")] = None,

@@ -6,6 +6,7 @@
     ├── WeightsError     a checkpoint does not fit the model, or only in part
     └── RunError         a run folder is in use, does not match, or cannot be written
         ├── TrainingError    training cannot go on (for example non-finite losses)
+        ├── Locked           another process works in this folder
         └── Preempted        asked to stop by a signal: no mistake, all is saved
 
 The message says what is wrong and what to do; the command line prints it without a traceback.
@@ -38,6 +39,10 @@ class RunError(ExploraError):
 
 class TrainingError(RunError):
     """Training cannot go on, for example because losses stay non-finite."""
+
+
+class Locked(RunError):
+    """Another process works in this folder."""
 
 
 class Preempted(RunError):

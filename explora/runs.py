@@ -23,7 +23,7 @@ import numpy as np
 
 from explora import config as configs
 from explora.config import Config
-from explora.errors import ExploraError, RunError
+from explora.errors import ExploraError, Locked, RunError
 
 logger = logging.getLogger("explora")
 _RECORDS = ("config.yaml", "environment.json", "log.txt", ".lock")
@@ -230,7 +230,7 @@ def _lock(folder: Path, file: io.FileIO) -> None:
     """Hold the folder until `file` is closed, and leave word of who does.
 
     Raises:
-        RunError: another process holds it.
+        Locked: another process holds it.
     """
     try:
         # Not flock: processes that load data would inherit it and outlive a kill of this one by seconds.
@@ -238,7 +238,7 @@ def _lock(folder: Path, file: io.FileIO) -> None:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
-            raise RunError(
+            raise Locked(
                 f"{folder}: another process is running here ({file.read().decode() or 'unknown'}); "
                 "wait for it or choose another out"
             ) from None

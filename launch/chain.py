@@ -18,7 +18,7 @@ from explora.stages.continual import ContinualConfig
 from explora.stages.finetune import FinetuneConfig
 from explora.stages.pipeline import STAGES, RunConfig
 from explora.stages.pretrain import PretrainConfig
-from explora.stages.probe import ProbeConfig
+from explora.stages.probe_config import ProbeConfig
 from launch.profiles import Stage
 from launch.records import Job
 
@@ -34,8 +34,8 @@ class Point(NamedTuple):
     config: dict[str, Any]
     roles: tuple[str, ...]
     """What a chain packs; empty for a stage alone."""
-    tunes: bool
-    """Whether a chain fine-tunes."""
+    without: tuple[Stage, ...] = ()
+    """Training stages that a chain leaves out."""
 
     def folder(self, stage: str) -> Path:
         """Where a stage leaves its metrics and its summary."""
@@ -45,7 +45,7 @@ class Point(NamedTuple):
         """The files that are all there when a stage has finished."""
         if stage == "pack":
             return [self.out / "shards" / role / "manifest.json" for role in self.roles]
-        if stage == "finetune" and self.roles and not self.tunes:
+        if stage in self.without:
             return []
         return [self.out / "report.html" if stage == "report" else self.folder(stage) / "summary.json"]
 
@@ -139,7 +139,7 @@ def kind_of(raw: Mapping[str, Any]) -> type[AnyConfig]:
 
 def _stages(config: AnyConfig) -> tuple[Stage, ...]:
     if isinstance(config, RunConfig):
-        return tuple(stage for stage in STAGES if stage != "finetune" or config.finetune is not None)
+        return tuple(stage for stage in STAGES if stage not in _without(config))
     alone: dict[type[AnyConfig], Stage] = {
         PretrainConfig: "pretrain",
         FinetuneConfig: "finetune",
@@ -151,8 +151,14 @@ def _stages(config: AnyConfig) -> tuple[Stage, ...]:
 
 def _point(out: Path, config: dict[str, Any], checked: AnyConfig) -> Point:
     if isinstance(checked, RunConfig):
-        return Point(out, config, tuple(checked.data.folders()), checked.finetune is not None)
-    return Point(out, config, (), False)
+        return Point(out, config, tuple(checked.data.folders()), _without(checked))
+    return Point(out, config, ())
+
+
+def _without(config: RunConfig) -> tuple[Stage, ...]:
+    """The training stages that a chain leaves out."""
+    given: dict[Stage, Any] = {"pretrain": config.pretrain, "finetune": config.finetune}
+    return tuple(stage for stage, section in given.items() if section is None)
 
 
 def _refuse_uneven(config: AnyConfig, ranks: int) -> None:
@@ -169,7 +175,8 @@ def _refuse_uneven(config: AnyConfig, ranks: int) -> None:
 def _sections(config: AnyConfig) -> Iterator[tuple[str, Any]]:
     """The training sections of a config, with the key that leads to them."""
     if isinstance(config, RunConfig):
-        yield "pretrain.", config.pretrain
+        if config.pretrain is not None:
+            yield "pretrain.", config.pretrain
         if config.finetune is not None:
             yield "finetune.", config.finetune
     elif not isinstance(config, ProbeConfig):

@@ -62,6 +62,11 @@ class Evaluator(Config):
         return self.name
 
     @property
+    def within_test(self) -> bool:
+        """Whether it looks at test images alone, judging each by others of them."""
+        return False
+
+    @property
     def fair_after_labels(self) -> bool:
         """Whether it can judge a backbone that has learnt the labels of `train` and `val`.
 

@@ -7,10 +7,12 @@ from typing import Literal
 
 import numpy as np
 from pydantic import Field
+from torch import Tensor
 
+from explora.errors import DataError
 from explora.evaluation.base import Evaluator, Result, encode, known_classes
 from explora.evaluation.features import Features, few_shot
-from explora.evaluation.logreg import Problem
+from explora.evaluation.logreg import Fit, Problem
 
 
 class FewShot(Evaluator):
@@ -31,25 +33,41 @@ class FewShot(Evaluator):
     """Inverse strength of the L2 penalty, for features of unit mean square distance from their mean."""
     seed: int = 0
     """Seed of the draws."""
+    held_out: bool = False
+    """Whether they are drawn from the test images, the others of which judge: fair where labels of train are learnt."""
 
     @property
     def label(self) -> str:
-        return f"{self.name}_{self.shots}"
+        return f"{self.name}_{self.shots}{'_test' * self.held_out}"
+
+    @property
+    def within_test(self) -> bool:
+        return self.held_out
 
     @property
     def fair_after_labels(self) -> bool:
-        return False
+        return self.held_out
 
     def evaluate(self, train: Features, val: Features, test: Features) -> Iterator[Result]:
         known = known_classes(train, val, test)
-        both = train.join(val)
-        x_test, correct = test.matrix(), np.zeros(len(test))
+        pool = test if self.held_out else train.join(val)
+        x_test, correct, judged = test.matrix(), np.zeros(len(test)), np.zeros(len(test))
         for draw in range(self.draws):
-            few = both.take(few_shot(both.labels, self.shots, self.seed * self.draws + draw))
-            x = few.matrix()
-            # one C for every backbone needs one scale: dividing x by s is the same as dividing C by s^2
-            spread = float((x - x.mean(0)).double().square().sum(1).mean())
-            fit = Problem(x, encode(known, few.labels), len(known)).solve(self.C / max(spread, 1e-12))
-            correct += (known[fit.predict(x_test)] == test.labels).numpy()
+            drawn = few_shot(pool.labels, self.shots, self.seed * self.draws + draw)
+            asked = np.ones(len(test), bool)
+            if self.held_out:
+                asked[drawn.numpy()] = False
+            right = (known[self._fit(pool.take(drawn), known).predict(x_test)] == test.labels).numpy()
+            correct += right & asked
+            judged += asked
+        if not judged.any():
+            raise DataError(f"{self.label}: all test images are drawn to learn from; lower shots below {self.shots}")
         selected = {"shots": self.shots, "draws": self.draws, "C": self.C}
-        yield Result.over(self.label, correct / self.draws, selected)
+        # an image that every draw took to learn from has no score of its own
+        yield Result.over(self.label, correct[judged > 0] / judged[judged > 0], selected)
+
+    def _fit(self, few: Features, known: Tensor) -> Fit:
+        x = few.matrix()
+        # one C for every backbone needs one scale: dividing x by s is the same as dividing C by s^2
+        spread = float((x - x.mean(0)).double().square().sum(1).mean())
+        return Problem(x, encode(known, few.labels), len(known)).solve(self.C / max(spread, 1e-12))

@@ -34,6 +34,15 @@ class KNN(Evaluator):
     leave_one_out: bool = False
     """Whether every image of train, val and test is scored against all others (`knn_loo`); takes a single k."""
 
+    held_out: bool = False
+    """Whether leave_one_out takes the test images alone (`knn_loo_test`): fair where labels of others are learnt."""
+
+    @model_validator(mode="after")
+    def _held_out_alone(self) -> KNN:
+        if self.held_out and not self.leave_one_out:
+            raise ValueError("held_out scores each test image against the others; set leave_one_out: true, too")
+        return self
+
     @model_validator(mode="after")
     def _single_k_without_validation(self) -> KNN:
         if self.leave_one_out and len(self.k) > 1:
@@ -42,17 +51,21 @@ class KNN(Evaluator):
 
     @property
     def label(self) -> str:
-        return f"{self.name}_loo" if self.leave_one_out else self.name
+        return f"{self.name}_loo{'_test' * self.held_out}" if self.leave_one_out else self.name
+
+    @property
+    def within_test(self) -> bool:
+        return self.held_out
 
     @property
     def fair_after_labels(self) -> bool:
-        return not self.leave_one_out
+        return self.held_out or not self.leave_one_out
 
     def evaluate(self, train: Features, val: Features, test: Features) -> Iterator[Result]:
         known = known_classes(train, val, test)
         bank = train.join(val)
         if self.leave_one_out:
-            images = bank.join(test)
+            images = test if self.held_out else bank.join(test)
             k = self._fitting(len(images) - 1)[0]
             predictions = self.predict(images, None, known, [k])[0]
             selected: dict[str, Any] = {"k": k, "leave_one_out": True}

@@ -28,7 +28,7 @@ from explora.stages.fitting import fit_views
 from explora.stages.memory import sizes
 from explora.stages.pipeline import RunConfig
 from explora.stages.pretrain import PretrainConfig, PretrainSection
-from explora.stages.probe import ProbeConfig
+from explora.stages.probe_config import ProbeConfig
 from explora.stages.section import TrainingSection, blueprint, fitted, progress_of, rehearse
 from explora.stages.sources import folders, foreseen, local_set, pixels_in
 from explora.stages.task_modules import ContinualConfig, rehearse_module
@@ -63,9 +63,10 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         loaded = _sketch(model)
         seen = pixels_in(chain.data.pretrain or chain.data.train)
         tune = None if chain.finetune is None else fitted(chain.finetune, loaded.vit, seen)
-        learns = fitted(chain.pretrain, loaded.vit, seen)
+        learns = None if chain.pretrain is None else fitted(chain.pretrain, loaded.vit, seen)
         yield configs.dump(chain.model_copy(update={"pretrain": learns, "finetune": tune}))
-        yield from _pretrain(chain.pretrain, model, copy.deepcopy(loaded))
+        if chain.pretrain is not None:
+            yield from _pretrain(chain.pretrain, model, copy.deepcopy(loaded))
         if chain.finetune is not None:
             yield from _finetune(chain.finetune, copy.deepcopy(loaded), chain.data.train)
     elif "tasks" in raw:

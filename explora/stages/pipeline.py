@@ -24,8 +24,9 @@ from explora.stages.fitting import RANGE, bands_of
 from explora.stages.pack import pack, recipe_of
 from explora.stages.pretrain import PretrainSection, pretrain
 from explora.stages.pretrain import build as build_pretrain
-from explora.stages.probe import ProbeSection, check_source, judge
-from explora.stages.section import blueprint, rehearse
+from explora.stages.probe import judge
+from explora.stages.probe_config import ProbeSection, check_source
+from explora.stages.section import TrainingSection, blueprint, rehearse
 from explora.stages.training import logger, opened, together
 
 Stage = Literal["pack", "pretrain", "finetune", "probe", "report"]
@@ -45,6 +46,8 @@ class DataConfig(Config):
     """Labelled source-domain images to fit probes on: with these the report says what was forgotten."""
     source_test: str | None = None
     """Labelled source-domain images that only judge."""
+    control: str | None = None
+    """Labelled images of neither domain: what rises here as well is no adaptation to the target."""
     recipe: str = "folder"
     """How the folders are laid out."""
     pixels: Pixels | None = None
@@ -71,12 +74,25 @@ class RunConfig(Config):
     """The backbone that all begins with, and that the others are compared with."""
     data: DataConfig
     """Where the images are."""
-    pretrain: PretrainSection = PretrainSection()
-    """How to pretrain, with the settings of `explora pretrain`."""
+    pretrain: PretrainSection | None = PretrainSection()
+    """How to pretrain, with the settings of `explora pretrain`; null leaves it out."""
     finetune: FinetuneSection | None = FinetuneSection()
     """How to fine-tune, with the settings of `explora finetune`; null leaves it out."""
     probe: ProbeSection = ProbeSection()
     """How to judge, with the settings of `explora probe`."""
+
+    @model_validator(mode="after")
+    def _trains(self) -> RunConfig:
+        if self.pretrain is None and self.finetune is None:
+            raise ValueError("pretrain and finetune are both null, so nothing would be trained; use explora probe")
+        return self
+
+    @property
+    def training(self) -> TrainingSection:
+        """The first of its training stages."""
+        first = self.pretrain or self.finetune
+        assert first is not None
+        return first
 
 
 def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, stage: Stage | None = None) -> Path:
@@ -98,16 +114,16 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, sta
         raise ConfigError(f"stage: expected one of {', '.join(STAGES)}, got '{stage}'")
     stages: tuple[str, ...] = STAGES if stage is None else (stage,)
     out = Path(config.out)
-    with together(config.pretrain.loop):
+    with together(config.training.loop):
         alone = rank() == 0
         with opened(config):
             if "pack" in stages:
                 on_first(lambda: _rehearse(config, out / "shards"))
-                on_first(lambda: _pack(out / "shards", config.data))
+                on_first(lambda: pack_all(out / "shards", config.data))
                 on_first(lambda: _warn_of_leaks(out / "shards"))
             else:
                 on_first(lambda: _refuse_early(config, stages[0]))
-            if "pretrain" in stages:
+            if "pretrain" in stages and config.pretrain is not None:
                 pretrain(_pretraining(config))
             if "finetune" in stages and config.finetune is not None:
                 finetune(_finetuning(config))
@@ -153,8 +169,9 @@ def _rehearse(config: RunConfig, shards: Path) -> None:
                 f"data.pixels: {origin} is packed already, and its values mean something else; leave data.pixels out, "
                 "or give the images that were packed"
             )
-    _refuse_unlike(meant, bands_of(config.pretrain.views, source.vit, meant["train"]))
-    rehearse(config.pretrain, copy.deepcopy(source), build_pretrain)
+    _refuse_unlike(meant, bands_of(config.training.views, source.vit, meant["train"]))
+    if config.pretrain is not None:
+        rehearse(config.pretrain, copy.deepcopy(source), build_pretrain)
     if config.finetune is not None:
         rehearse(config.finetune, source, partial(build_finetune, classes=counts["train"]))
 
@@ -187,6 +204,7 @@ def _refuse_early(config: RunConfig, stage: str) -> None:
     """Refuse a stage alone while one before it has not finished."""
     done = {name: (Path(config.out) / name / "summary.json").exists() for name in STAGES}
     done["pack"] = all(Path(folder).exists() for folder in _shards(config).values())
+    done["pretrain"] |= config.pretrain is None
     done["finetune"] |= config.finetune is None
     for name in STAGES[: STAGES.index(stage)]:
         if not done[name]:
@@ -205,14 +223,16 @@ def _pretraining(config: RunConfig) -> dict[str, Any]:
     """The config of the pretraining stage alone."""
     shards = _shards(config)
     given = _given(config, "pretrain")
-    if config.pretrain.monitor is not None:
+    if config.pretrain is not None and config.pretrain.monitor is not None:
         given["monitor"] = {"shards": shards["train"], **given.get("monitor", {})}
     return {**given, "shards": shards.get("pretrain", shards["train"]), "model": _models(config)["baseline"]}
 
 
 def _finetuning(config: RunConfig) -> dict[str, Any]:
     """The config of the fine-tuning stage alone."""
-    return {**_given(config, "finetune"), "train": _shards(config)["train"], "model": _models(config)["adapted"]}
+    models = _models(config)
+    start = models.get("adapted", models["baseline"])
+    return {**_given(config, "finetune"), "train": _shards(config)["train"], "model": start}
 
 
 def _judged(config: RunConfig) -> dict[str, str]:
@@ -224,7 +244,8 @@ def _models(config: RunConfig) -> dict[str, Any]:
     """The models that the probe compares, where the stages leave them."""
     out = Path(config.out)
     models: dict[str, Any] = {"baseline": config.model.model_dump(mode="json")}
-    models["adapted"] = {"weights": str(out / "pretrain" / "backbone.safetensors")}
+    if config.pretrain is not None:
+        models["adapted"] = {"weights": str(out / "pretrain" / "backbone.safetensors")}
     if config.finetune is not None:
         tuned = out / "finetune"
         models["finetuned"] = {
@@ -235,9 +256,10 @@ def _models(config: RunConfig) -> dict[str, Any]:
 
 
 def _alike(config: RunConfig) -> dict[str, Any]:
-    """The models to probe; the baseline sees the range that was pretrained in, which it has no record of itself."""
+    """The models to probe; the baseline sees the range that was trained in, which it has no record of itself."""
     models, given = _models(config), config.probe.view or Center()
-    views = configs.parse(Path(config.out) / "pretrain" / "config.yaml")["views"]
+    first = "finetune" if config.pretrain is None else "pretrain"
+    views = configs.parse(Path(config.out) / first / "config.yaml")["views"]
     photographs = whole_range(RGB).model_dump(mode="json"), list(RGB)
     if given.scaling is None and (views["scaling"], views["bands"]) != photographs:
         same = {key: views[key] for key in RANGE}
@@ -250,8 +272,8 @@ def _shards(config: RunConfig) -> dict[str, str]:
     return {role: str(Path(config.out) / "shards" / role) for role in config.data.folders()}
 
 
-def _pack(folder: Path, data: DataConfig) -> None:
-    """Pack raw folders, link packed ones, so that the run holds them all."""
+def pack_all(folder: Path, data: DataConfig) -> None:
+    """Pack raw folders, link packed ones, so that a run holds them all by their roles."""
     pixels = None if data.pixels is None else data.pixels.model_dump(mode="json")
     for role, origin in data.folders().items():
         if (folder / role).exists():

@@ -1,0 +1,122 @@
+"""What `explora probe` is told: which models, on which sets, judged by what."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator, model_validator
+
+from explora.config import Config
+from explora.data import Center
+from explora.distributed import Precision
+from explora.evaluation import KNN, AnyEvaluator, Linear, LogisticRegression
+from explora.models import ModelConfig
+
+
+class ProbedModel(ModelConfig):
+    """A backbone to judge, with its own classification head where it has one."""
+
+    head: str | None = None
+    """head.safetensors of a fine-tuning; adds the evaluator `head`."""
+    view: Center | None = None
+    """Crop for this model alone; null takes that of all."""
+
+
+class ProbeSection(Config):
+    """How to judge."""
+
+    view: Center | None = None
+    """Crop of the images; size, range, mean and std that are left out follow each backbone."""
+    evaluators: tuple[AnyEvaluator, ...] = (Linear(), LogisticRegression(), KNN(k=(10, 20)))
+    """What judges the target; the first is the one that the report's headline takes."""
+    source_evaluators: tuple[AnyEvaluator, ...] = (LogisticRegression(), KNN(k=(10, 20)))
+    """What judges the source domain."""
+    control_evaluators: tuple[AnyEvaluator, ...] = (KNN(k=(5,), leave_one_out=True, held_out=True),)
+    """What judges the control set, within itself."""
+    val_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of the training images on which settings are chosen; the test images never choose anything."""
+    blocks: int = Field(4, ge=1)
+    """Last blocks whose class tokens are kept."""
+    pictures: int = Field(6, ge=0)
+    """Test images shown with the principal components of their patch features."""
+    batch_size: int = Field(64, ge=1)
+    """Images in one forward pass."""
+    workers: int = Field(0, ge=0)
+    """Processes that decode and crop; 0 does it in the main one."""
+    precision: Precision = "fp32"
+    """Format of the backbone's matrix products; small differences count here, so fp32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; `auto` takes a GPU when there is one."""
+    cache: str | None = None
+    """Folder for features; null keeps them in the run folder. Share it between runs to extract a baseline once."""
+
+    @field_validator("control_evaluators")
+    @classmethod
+    def _within_one_set(cls, evaluators: tuple[AnyEvaluator, ...]) -> tuple[AnyEvaluator, ...]:
+        learning = [evaluator.label for evaluator in evaluators if not evaluator.within_test]
+        if learning:
+            raise ValueError(f"{', '.join(learning)}: the control is one set, judged within itself; set held_out: true")
+        return evaluators
+
+    @field_validator("evaluators", "source_evaluators", "control_evaluators")
+    @classmethod
+    def _told_apart(cls, evaluators: tuple[AnyEvaluator, ...]) -> tuple[AnyEvaluator, ...]:
+        labels = [evaluator.label for evaluator in evaluators]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} more than once: their results could not be told apart; keep one")
+        return evaluators
+
+
+class ProbePlace(Config):
+    """Where the probe reads and writes."""
+
+    out: str
+    """Run folder; features that are there already are not extracted again."""
+    seed: int = Field(0, ge=0)
+    """Draws the validation images, and the weights of a model without any."""
+    models: dict[str, ProbedModel] = Field(min_length=1)
+    """Backbones by the name they get in the table; the first is what the others are compared with."""
+    train: str
+    """Labelled target shards to fit on."""
+    test: str
+    """Labelled target shards to judge on."""
+    source_train: str | None = None
+    """Labelled source shards: with these two the table says what was forgotten."""
+    source_test: str | None = None
+    """Labelled source shards to judge on."""
+    control: str | None = None
+    """Labelled shards of neither: what rises here as well is no adaptation to the target."""
+
+    @model_validator(mode="after")
+    def _whole_source(self) -> ProbePlace:
+        check_source(self.source_train, self.source_test)
+        return self
+
+
+class ProbeConfig(ProbePlace, ProbeSection):
+    """Config of `explora probe`."""
+
+    def judges(self) -> dict[str, tuple[str, str, tuple[AnyEvaluator, ...]]]:
+        """By data: the set to learn from, the set to judge on, and what judges."""
+        return {
+            "target": ("train", "test", self.evaluators),
+            "source": ("source_train", "source_test", self.source_evaluators),
+            "control": ("control", "control", self.control_evaluators),
+        }
+
+    def needed(self) -> set[str]:
+        """The sets whose features are looked at; nobody needs training images if all judge within the test images."""
+        judges = self.judges().values()
+        learning = {train for train, _, them in judges if not all(evaluator.within_test for evaluator in them)}
+        return {test for _, test, _ in judges} | learning
+
+
+def check_source(train: str | None, test: str | None) -> None:
+    """Refuse half a source domain; pydantic and `explora.config` make the ValueError a ConfigError."""
+    if (train is None) != (test is None):
+        given, missing = ("source_train", "source_test") if test is None else ("source_test", "source_train")
+        raise ValueError(f"{given} is given, but not {missing}; the source domain needs both, or neither")
+
+
+JUDGES = {"target": "test", "source": "source_test", "control": "control"}
+"""The sets that judge, by what rows call them."""
+SETS = ("train", "test", "source_train", "source_test", "control")
