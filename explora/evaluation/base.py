@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ class Result:
     """One number about a backbone: `value` in percent with its 95 % interval over `n` test images.
 
     `scores` (n,) float64 in [0, 1] is the score of each image, for paired comparisons; `predictions` (n,)
-    int64 its predicted label, where there is one; `selected` names what was chosen on validation images.
+    int64 its predicted label, where there is one; `selected` names what was chosen on validation images;
+    `calibration` says how far stated probabilities are from true ones, where the evaluator states any.
     """
 
     evaluator: str
@@ -33,6 +34,7 @@ class Result:
     selected: dict[str, Any]
     scores: np.ndarray
     predictions: np.ndarray | None = None
+    calibration: Mapping[str, float] | None = None
 
     @classmethod
     def over(
@@ -42,12 +44,13 @@ class Result:
         selected: dict[str, Any],
         predictions: np.ndarray | None = None,
         metric: str = "top1",
+        calibration: Mapping[str, float] | None = None,
     ) -> Result:
         """The mean of per-image scores (n,) in [0, 1], with its bootstrap interval."""
         scores = np.asarray(scores, dtype=np.float64)
         low, high = interval(scores)
         value = 100 * float(scores.mean())
-        return cls(evaluator, metric, value, low, high, len(scores), selected, scores, predictions)
+        return cls(evaluator, metric, value, low, high, len(scores), selected, scores, predictions, calibration)
 
 
 class Evaluator(Config):
