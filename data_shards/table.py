@@ -1,4 +1,4 @@
-"""Any list of images, as CSV or Parquet: a path and perhaps a label, a group and a split for each."""
+"""Any list of images, as CSV or Parquet: a path and perhaps one label or several, a mask, a group and a split each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from data_shards.layout import Samples, checked, chosen, csv_header, csv_rows
+from explora.data.shards.adopt import class_names
 from explora.data.shards.listing import Listing, RawSample
 from explora.data.shards.manifest import Groups
 from explora.errors import DataError
@@ -16,22 +17,30 @@ from explora.errors import DataError
 COLUMNS = {
     "path": ("path", "image_path", "img_path", "file_path", "filepath", "file", "filename", "file_name", "image"),
     "label": ("label", "class", "category", "class_name", "label_name", "target"),
+    "labels": ("labels", "classes", "categories", "class_names", "label_names", "targets"),
+    "mask": ("mask", "mask_path", "mask_file"),
     "group": ("group", "region", "domain"),
     "split": ("split", "subset", "partition"),
 }
 """Names that a column may have, in any case; where a table has more than one of them, the first one here counts."""
+MASKS = "masks.txt"
+"""Beside a table with a column of masks: names of the classes in them, one to a line, in the order of their numbers."""
 MOST_CLASSES = 100_000
 """More than these are taken for a mistake, such as a column of identifiers."""
 
 
 def samples(root: str | Path, split: str | None = None) -> Listing:
-    """The images of a table `root`, in its order: columns path, label, group and split, all but the first optional.
+    """The images of a table `root`, in its order: columns path, label or labels, mask, group and split, all but the
+    first optional.
 
     Paths are relative to the folder of the table, or absolute. Labels that are all whole numbers are taken as they are
-    (-1: none); text is numbered by the alphabet over all splits. Empty cells are no label, no group.
+    (-1: none); text is numbered by the alphabet over all splits. Empty cells are no label, no group. A cell of the
+    column labels holds any number of them with `;` or `|` between, or in Parquet a list. Masks are as `decode_mask`
+    reads them; `masks.txt` beside the table names their classes.
 
     Raises:
-        DataError: the file is absent, damaged or empty, lacks the path or the split asked for; most images are absent.
+        DataError: the file is absent, damaged or empty, lacks the path or the split asked for; it has both label and
+            labels, or masks without `masks.txt`; most images are absent.
     """
     table = Path(root)
     if table.is_dir():
@@ -41,13 +50,17 @@ def samples(root: str | Path, split: str | None = None) -> Listing:
     names = _columns(table)
     if split is not None and "split" not in names:
         raise DataError(f"{table}: no column for the split '{split}'; name it {' or '.join(COLUMNS['split'])}")
-    seen: dict[str, dict[str, None]] = {role: {} for role in ("label", "group", "split")}
+    several = "labels" in names
+    seen: dict[str, dict[str, None]] = {role: {} for role in ("labels" if several else "label", "group", "split")}
     for _, row in _rows(table, names):
         for role, values in seen.items():
-            values.setdefault(row.get(role, ""))
+            values |= dict.fromkeys(_apart(row.get(role, ""), role))
     labels, groups, splits = ([value for value in values if value] for values in seen.values())
     wanted = None if split is None else chosen(split, sorted(splits), table)[0]
     classes, label_of = _labels(labels, table)
+    if several and classes is None:
+        raise DataError(f"{table}: its column {names['labels']} names no class")
+    masks = _mask_names(table, names["mask"]) if "mask" in names else None
     group_of = {name: number for number, name in enumerate(sorted(groups))}
 
     def find() -> Iterator[RawSample]:
@@ -57,11 +70,31 @@ def samples(root: str | Path, split: str | None = None) -> Listing:
             path = row["path"]
             if not path:
                 raise DataError(f"{table}, {place}: no path")
-            label, group = label_of.get(row.get("label", ""), -1), group_of.get(row.get("group", ""), -1)
-            yield RawSample(table.parent / path, label, group, path)
+            label: int | tuple[int, ...] = label_of.get(row.get("label", ""), -1)
+            if several:
+                label = tuple(sorted({label_of[name] for name in _apart(row["labels"], "labels")} - {-1}))
+            mask = table.parent / row["mask"] if row.get("mask") else None
+            yield RawSample(table.parent / path, label, group_of.get(row.get("group", ""), -1), path, mask=mask)
 
     images = checked(Samples(find), table)
-    return Listing(classes, images, groups=Groups(by=names["group"], names=sorted(groups)) if groups else None)
+    groups_named = Groups(by=names["group"], names=sorted(groups)) if groups else None
+    return Listing(classes, images, groups=groups_named, masks=masks)
+
+
+def _apart(cell: str, role: str) -> list[str]:
+    """What a cell says: several labels, or one of anything else."""
+    if role != "labels":
+        return [cell]
+    return [name for name in map(str.strip, re.split(r"[;|]", cell)) if name]
+
+
+def _mask_names(table: Path, column: str) -> list[str]:
+    if not (table.parent / MASKS).is_file():
+        raise DataError(
+            f"{table}: has a column {column}, but no {MASKS} lies beside it; name the classes in masks there, one to a "
+            "line, in the order of their numbers, or rename the column if it holds no masks"
+        )
+    return class_names(table.parent / MASKS)
 
 
 def _columns(table: Path) -> dict[str, str]:
@@ -75,6 +108,11 @@ def _columns(table: Path) -> dict[str, str]:
     if "path" not in found:
         raise DataError(
             f"{table}: no column of paths ({', '.join(COLUMNS['path'])}); columns there: {', '.join(there) or 'none'}"
+        )
+    if {"label", "labels"} <= set(found):
+        raise DataError(
+            f"{table}: has both a column {found['label']}, of one label an image, and {found['labels']}, of several; "
+            "rename the one that does not count"
         )
     return found
 
@@ -120,6 +158,8 @@ def _rows(table: Path, names: dict[str, str]) -> Iterator[tuple[str, dict[str, s
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list):
+        return ";".join(map(_text, value))
     missing = value is None or value != value  # NaN differs from itself
     return "" if missing else str(value).strip()
 

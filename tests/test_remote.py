@@ -385,7 +385,7 @@ def damaged(kind: str) -> bytes:
     if kind == "cut between":
         return plain[:second]
     if kind == "two images":
-        return tarred({**good, "x.jpg": png(1), "x.mask.png": png(2)})
+        return tarred({**good, "x.jpg": png(1), "x.other.png": png(2)})
     return tarred({**good, "broken.png": png(1)[:200]})
 
 

@@ -1,4 +1,4 @@
-"""Random resized crops of images of levels: where, flipped, turned, and resized as PIL does it.
+"""Crops of images of levels, random or of the centre: where, flipped, turned, and resized as PIL does it.
 
 Everything random is a function of numbers in [0, 1) that the caller has drawn, so that the crops of one image cost one
 generator, and the same numbers give the same part of the image at any resolution.
@@ -60,6 +60,33 @@ class RandomCrop(NamedTuple):
         return crop.rot90(int(numbers[NUMBERS - 1] * 4)) if self.dihedral else crop
 
 
+class CenterCrop(NamedTuple):
+    """The middle of an image whose short side is resized."""
+
+    size: int
+    """Side of the square crop, pixels."""
+    short: int
+    """Length of the short side before the crop, pixels."""
+
+    def cut(self, image: np.ndarray) -> Tensor:
+        """The crop of uint8 (H, W, C): uint8 (size, size, C)."""
+        height, width = self._sides(*image.shape[:2])
+        return resize(image, height, width)[self._middle(height), self._middle(width)]
+
+    def cut_mask(self, mask: np.ndarray) -> np.ndarray:
+        """The same part of classes (H, W), which have nothing between them: the nearest ones, (size, size)."""
+        height, width = self._sides(*mask.shape)
+        return resize_nearest(mask, height, width)[self._middle(height), self._middle(width)]
+
+    def _sides(self, height: int, width: int) -> tuple[int, int]:
+        factor = self.short / min(height, width)
+        return max(self.short, int(height * factor)), max(self.short, int(width * factor))
+
+    def _middle(self, side: int) -> slice:
+        start = round((side - self.size) / 2)
+        return slice(start, start + self.size)
+
+
 def crop_box(numbers: Sequence[float], height: int, width: int, scale: tuple[float, float]) -> Box:
     """A random resized crop (Szegedy et al. 2015) as torchvision draws it.
 
@@ -92,6 +119,14 @@ def resize(image: np.ndarray, height: int, width: int) -> Tensor:
     words = _resize(torch.from_numpy(apart), height, width).numpy().view(np.uint32)[..., 0]
     together = words.transpose(1, 2, 0).copy().view(np.uint8)
     return torch.from_numpy(together)[..., :channels]
+
+
+def resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W) to (height, width): of each new pixel the old one that its centre lies in, aligned with `resize`."""
+    rows, columns = (
+        (2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(mask.shape, (height, width), strict=True)
+    )
+    return mask[np.ix_(rows, columns)]
 
 
 def _resize(images: Tensor, height: int, width: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from explora.data.intake import Intake
 from explora.data.mixture import Mixture
+from explora.data.shards.index import ShardSet
 from explora.data.views import Key, Views
 from explora.errors import DataError, ExploraError
 
@@ -48,8 +49,8 @@ class Read(NamedTuple):
 
     image: np.ndarray
     """uint8 (H, W, bands of the views)."""
-    label: int
-    """Its class, -1 without one."""
+    label: int | np.ndarray
+    """Its class, -1 without one; or whether it is of each class, uint8 (C,), where images may be of several."""
     unreadable: list[Unreadable]
     """What it stands in for."""
 
@@ -67,6 +68,7 @@ class Levels:
     def __init__(self, mixture: Mixture, views: Views, tries: int) -> None:
         self._mixture, self._least, self._tries = mixture, views.needed(), tries
         self._labelled = "label" in views.names()
+        self._several = any(one.multilabel for one in mixture.sets)
         self._intakes = [Intake(one.pixels, views) for one in mixture.sets]
 
     def __call__(self, key: Key) -> Read:
@@ -80,9 +82,12 @@ class Levels:
             except DataError as error:
                 wrong.append(Unreadable(one.where(at), str(error)))
             else:
-                return Read(image, int(self._mixture.labels[first + at]) if self._labelled else -1, wrong[:1])
+                return Read(image, self._label(one, at, first + at) if self._labelled else -1, wrong[:1])
         others = f"; nor can the {len(wrong) - 1} images after it" if len(wrong) > 1 else ""
         raise DataError(wrong[0].why + others)
+
+    def _label(self, one: ShardSet, at: int, index: int) -> int | np.ndarray:
+        return one.targets[at] if self._several else int(self._mixture.labels[index])
 
 
 class Batches(Dataset):
@@ -105,7 +110,7 @@ class Batches(Dataset):
         shared = self._views.step(task.seed, task.first, task.batch_size)
         batch |= {name: whole[task.offset : task.offset + len(task.keys)] for name, whole in shared.items()}
         if "label" in self._views.names():
-            batch["label"] = torch.tensor([one.label for one in read])
+            batch["label"] = torch.from_numpy(np.stack([one.label for one in read]))
         return Made(batch, [wrong for one in read for wrong in one.unreadable])
 
 

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple, Protocol
 
 from explora.data.decode import MAX_BYTES
 from explora.data.shards.listing import EXTENSIONS
+from explora.data.shards.segmentation import MASK
 from explora.errors import DataError
 
 HEADER: Final = 16 * 2**20
@@ -50,7 +51,7 @@ class Sample:
     key: str
     """What their paths begin with."""
     images: int = 0
-    """How many of them are images."""
+    """How many of them are images; masks are none."""
     offset: int = 0
     """Where the first image's bytes start, from the start of the tar."""
     _endings: list[str] = field(default_factory=list)
@@ -78,7 +79,7 @@ class Sample:
         return content
 
     def _add(self, member: _Member, wanted: Collection[str]) -> None:
-        image = f".{member.ending.rpartition('.')[2]}" in EXTENSIONS
+        image = f".{member.ending.rpartition('.')[2]}" in EXTENSIONS and member.ending != MASK
         if not self.images if image else member.ending in wanted:
             self._contents[member.ending] = member.content(MAX_BYTES if image else FACTS)
             self.offset = member.header.offset_data if image else self.offset

@@ -19,7 +19,7 @@ from torch import Tensor
 from explora.bands import RGB, Scaling, canonical
 from explora.config import Config
 from explora.data import geometry, photometric
-from explora.data.geometry import RandomCrop
+from explora.data.geometry import CenterCrop, RandomCrop
 from explora.data.masks import block_masks
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -170,12 +170,11 @@ class Center(Views):
         return self.resize or round(self.size * 8 / 7)
 
     def sample(self, image: np.ndarray, key: Key) -> dict[str, Tensor]:
-        height, width = image.shape[:2]
-        short = self.enough()
-        factor = short / min(height, width)
-        resized = geometry.resize(image, max(short, int(height * factor)), max(short, int(width * factor)))
-        top, left = (round((side - self.size) / 2) for side in resized.shape[:2])
-        return {"image": resized[top : top + self.size, left : left + self.size].contiguous()}
+        return {"image": CenterCrop(self.size, self.enough()).cut(image).contiguous()}
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """Classes of the pixels of a stored image, uint8 (H, W), to those of its crop, uint8 (size, size)."""
+        return CenterCrop(self.size, self.enough()).cut_mask(mask)
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch | {"image": self.normalise(unit(batch["image"]))}

@@ -56,7 +56,7 @@ def pack(
         against: folders of shards, such as those of the test split, that should have no image in common with these;
             what they have is counted in the manifest and warned of.
         pixels: a YAML file, or a mapping, that says what the stored values mean: `Pixels`, with `bands` as a list of
-            names; None leaves it to the recipe, 8-bit RGB for `folder` and `table`.
+            names; None leaves it to the recipe, 8-bit RGB for `folder`, `table` and `segmentation`.
 
     Raises:
         ConfigError: a mistake in `pixels`.

@@ -11,30 +11,21 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple, TypeVar
+from typing import IO, Any, Final, TypeVar
 
 import numpy as np
 
 from explora.bands import Pixels
 from explora.data.decode import decode
-from explora.data.shards.crew import Count, Progress, work
-from explora.data.shards.manifest import (
-    INDEX,
-    Manifest,
-    Skipped,
-    digest,
-    fingerprint,
-    listed,
-    read_index,
-    read_manifest,
-)
+from explora.data.shards.checking import faults, resized
+from explora.data.shards.crew import Progress
+from explora.data.shards.manifest import INDEX, Manifest, Skipped, listed, read_index, read_labels, read_manifest
+from explora.data.shards.segmentation import MASK, decode_mask
 from explora.data.tars import Sample, samples
 from explora.errors import DataError, RunError
 
 OPEN: Final = 256
 """Tar files that a set holds open at a time, at most."""
-CHUNK: Final = 1 << 20
-"""Rows of the index that are looked at together."""
 
 Made = TypeVar("Made")
 
@@ -46,10 +37,18 @@ class ShardSet:
     Safe to fork, to pickle and to read from many threads: reads never move a file position, and a pickle holds no rows.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, index: np.ndarray, rows: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        index: np.ndarray,
+        rows: np.ndarray | None = None,
+        bits: np.ndarray | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self._rows = rows
+        self._bits = None if bits is None else bits.view(np.ndarray)
         # A view that is no `memmap` any more: its rows come several times as fast.
         self.index = index.view(np.ndarray)
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -64,7 +63,7 @@ class ShardSet:
         """
         shards = cls.trusted(folder)
         for shard in shards.manifest.shards:
-            if fault := _resized(shards.folder / shard.file, shard.bytes):
+            if fault := resized(shards.folder / shard.file, shard.bytes):
                 raise DataError(f"{fault}; {shards.manifest.again}")
         return shards
 
@@ -73,11 +72,11 @@ class ShardSet:
         """Open packed shards without a look at the tar files.
 
         Raises:
-            DataError: the folder is missing, is not packed, or its manifest or index is damaged.
+            DataError: the folder is missing, is not packed, or its manifest, index or labels are damaged.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        return cls(folder, manifest, read_index(folder, manifest))
+        return cls(folder, manifest, read_index(folder, manifest), bits=read_labels(folder, manifest))
 
     @property
     def name(self) -> str:
@@ -106,14 +105,41 @@ class ShardSet:
         """Inputs that were not packed, with the reason."""
         return self.manifest.skipped
 
+    @property
+    def multilabel(self) -> bool:
+        """Whether images may have several labels each, or none of them."""
+        return self._bits is not None
+
+    @property
+    def masks(self) -> list[str] | None:
+        """Names by number of the classes in segmentation masks, or None for images without."""
+        return self.manifest.masks
+
     @cached_property
     def labels(self) -> np.ndarray:
         """Class of each image, int32 (n,), -1 without one.
 
         Raises:
-            DataError: the index has one that is no class.
+            DataError: images may have several, or the index has one that is no class.
         """
+        if self.multilabel:
+            raise DataError(
+                f"{self.folder}: its images may have several labels each, but this needs one label for each; use what "
+                "takes several labels"
+            )
         return self._numbers("label", len(self.classes or ()))
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """Whether each image is of each class, uint8 (n, C) of 0 and 1; without a label nothing but 0.
+
+        Raises:
+            DataError: the index has a label that is no class.
+        """
+        count = len(self.classes or ())
+        if self._bits is not None:
+            return np.unpackbits(self._bits, axis=1, count=count, bitorder="little")
+        return (self.labels[:, None] == np.arange(count)).view(np.uint8)
 
     @cached_property
     def groups(self) -> np.ndarray:
@@ -131,7 +157,8 @@ class ShardSet:
         """Some of the images, by their numbers, in that order; labels stay those of all classes."""
         assert self._rows is None, "taken already"
         rows = np.asarray(rows, np.int64)
-        return ShardSet(self.folder, self.manifest, self.index[rows], rows)
+        bits = None if self._bits is None else self._bits[rows]
+        return ShardSet(self.folder, self.manifest, self.index[rows], rows, bits)
 
     def read(self, index: int) -> bytes:
         """The stored bytes of image `index`, as they were in the packed file.
@@ -140,7 +167,7 @@ class ShardSet:
             DataError: the shard is not the one that was packed.
             RunError: it cannot be read.
         """
-        return self._made(index, lambda blob: blob)
+        return self._made(index, self._bytes, lambda blob: blob)
 
     def image(self, index: int, *, least: int | None = None) -> np.ndarray:
         """Image `index`, decoded: (H, W, bands) of the stored type.
@@ -152,7 +179,24 @@ class ShardSet:
             DataError: names the shard, the place in it and the reason.
             RunError: the shard cannot be read.
         """
-        return self._made(index, lambda blob: decode(blob, self.pixels, least=least))
+        return self._made(index, self._bytes, lambda blob: decode(blob, self.pixels, least=least))
+
+    def read_mask(self, number: int) -> bytes:
+        """The stored PNG of the mask of image `number`.
+
+        Raises:
+            DataError, RunError: see `mask`.
+        """
+        return self._made(number, self._mask_bytes, lambda blob: blob)
+
+    def mask(self, number: int) -> np.ndarray:
+        """The class of each pixel of image `number`, uint8 (H, W), H and W those of the image; 255 for no class.
+
+        Raises:
+            DataError: these images have no masks, or this one is damaged.
+            RunError: the shard cannot be read.
+        """
+        return self._made(number, self._mask_bytes, lambda blob: decode_mask(blob, len(self.masks or ())))
 
     def where(self, index: int) -> str:
         """Shard file, number and name (or else the place) of an image, for messages."""
@@ -161,8 +205,7 @@ class ShardSet:
         except DataError:
             return f"{self.folder / INDEX}: image {index}"
         try:
-            header = os.pread(self._tar(number).descriptor, tarfile.BLOCKSIZE, max(offset - tarfile.BLOCKSIZE, 0))
-            place = ascii(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[1:-1]
+            place = ascii(self._member(number, offset).name)[1:-1]
         except (OSError, ValueError, tarfile.TarError):
             place = f"byte {offset}"
         return f"{self.folder / self.manifest.shards[number].file}: image {index} ({place})"
@@ -181,23 +224,47 @@ class ShardSet:
                 return str(json.loads(next(found, Sample("")).facts("json") or b"")["path"])
         return self.where(index)
 
-    def _made(self, index: int, make: Callable[[bytes], Made]) -> Made:
-        """What comes of the bytes of an image; any fault with the place and what mends it."""
+    def _made(self, index: int, read: Callable[[int], bytes], make: Callable[[bytes], Made]) -> Made:
+        """What comes of the bytes of an image or its mask; any fault with the place and what mends it."""
         try:
-            return make(self._bytes(index))
+            try:
+                blob = read(index)
+            except OSError as error:
+                # The disk's or the process's fault, not the image's: another one must not stand in for it.
+                raise RunError(
+                    f"{self.where(index)}: cannot be read: {error.strerror}; run the same command again"
+                ) from None
+            return make(blob)
         except DataError as error:
             raise DataError(f"{self.where(index)}: {error}; {self.manifest.again}") from None
 
     def _bytes(self, index: int) -> bytes:
+        return self._read(*self._place(index))
+
+    def _mask_bytes(self, index: int) -> bytes:
+        """The bytes of the mask, which is the next member behind an image."""
+        if self.masks is None:
+            raise DataError("has no mask, nor have the others of this set")
         number, offset, size = self._place(index)
+        start = offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
         try:
-            tar = self._tar(number)
-            blob = os.pread(tar.descriptor, size, offset)
-        except OSError as error:
-            # The disk's or the process's fault, not the image's: another one must not stand in for it.
-            raise RunError(
-                f"{self.where(index)}: cannot be read: {error.strerror}; run the same command again"
-            ) from None
+            image, mask = (self._member(number, place) for place in (offset, start))
+        except (ValueError, tarfile.TarError) as error:
+            raise DataError(f"its mask is not behind it: {error}") from None
+        left = self.manifest.shards[number].bytes - start
+        if mask.name != f"{image.name.partition('.')[0]}.{MASK}" or not (mask.isreg() and 0 <= mask.size <= left):
+            raise DataError(f"its mask is not behind it, but {mask.name!a} of {mask.size} bytes")
+        return self._read(number, start, mask.size)
+
+    def _member(self, number: int, offset: int) -> tarfile.TarInfo:
+        """The header of the member whose bytes start at an offset."""
+        tar = self._tar(number)
+        header = os.pread(tar.descriptor, tarfile.BLOCKSIZE, max(offset - tarfile.BLOCKSIZE, 0))
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+
+    def _read(self, number: int, offset: int, size: int) -> bytes:
+        tar = self._tar(number)  # held, so that no other thread's read closes it
+        blob = os.pread(tar.descriptor, size, offset)
         if len(blob) != size:
             raise DataError("the file ends too early")
         return blob
@@ -232,23 +299,8 @@ class ShardSet:
         Raises:
             DataError: says how many files and images are not what was packed, and names the first ten.
         """
-        ends = np.cumsum([shard.samples for shard in self.manifest.shards])
-        tasks = [_Check(self, number, int(end)) for number, end in enumerate(ends)]
-        found = work(_faults, tasks, workers, progress=progress, total=len(self))
-        faults = [fault for some in found for fault in some]
-        chunks = (self.index[start : start + CHUNK] for start in range(0, len(self), CHUNK))
-        labelled = ((chunk["label"], chunk["digest"]) for chunk in chunks)
-        if self._reindexed() or fingerprint(self.classes, self.pixels, labelled) != self.fingerprint:
-            faults.append(f"{self.folder / INDEX}: not the index that was packed")
-        if faults:
-            raise DataError(f"{self.folder}: damaged, {len(faults)} fault(s); {self.manifest.again}{listed(faults)}")
-
-    def _reindexed(self) -> bool:
-        try:
-            with (self.folder / INDEX).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() != self.manifest.index_sha256
-        except OSError:
-            return True
+        if found := faults(self, workers=workers, progress=progress):
+            raise DataError(f"{self.folder}: damaged, {len(found)} fault(s); {self.manifest.again}{listed(found)}")
 
     def close(self) -> None:
         """Close the tar files; the next read opens them again."""
@@ -289,51 +341,3 @@ class _Open:
 def _opener(folder: Path, manifest: Manifest) -> Callable[[int], _Open]:
     # Not a method: remembering that would keep the set, and its files, from being freed when it is let go.
     return lambda number: _Open(folder / manifest.shards[number].file)
-
-
-class _Check(NamedTuple):
-    """One shard to verify."""
-
-    shards: ShardSet
-    number: int
-    end: int
-    """Number of the first image behind it."""
-
-
-def _faults(task: _Check, count: Count) -> list[str]:
-    """What is wrong with a shard."""
-    shards = task.shards
-    shard = shards.manifest.shards[task.number]
-    path = shards.folder / shard.file
-    faults = []
-    if fault := _resized(path, shard.bytes):
-        return [fault]
-    try:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                faults.append(f"{path}: its content has changed since it was packed")
-    except OSError as error:
-        return [f"{path}: cannot be read: {error.strerror}"]
-    for index in range(task.end - shard.samples, task.end):
-        if fault := _differs(shards, index, task.number):
-            faults.append(f"{shards.where(index)}: {fault}")
-        count(1)
-    return faults
-
-
-def _differs(shards: ShardSet, index: int, number: int) -> str:
-    row = shards.index[index]
-    try:
-        same = int(row["shard"]) == number and digest(shards._bytes(index)) == int(row["digest"])
-    except DataError as error:
-        return str(error)
-    return "" if same else "not the image that was packed"
-
-
-def _resized(path: Path, expected: int) -> str:
-    """What is wrong with the size of a file."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        return f"{path}: damaged: {error.strerror}"
-    return f"{path}: damaged: {size} bytes, but {expected} were packed" if size != expected else ""

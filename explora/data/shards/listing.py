@@ -19,8 +19,9 @@ class RawSample:
     """One image on disk."""
 
     path: Path
-    label: int = -1
-    """Number of its class, -1 without one."""
+    label: int | tuple[int, ...] = -1
+    """Number of its class, -1 without one; or the numbers of all its classes, perhaps none, where it may have several.
+    All images of a listing say it in the same way."""
     group: int = -1
     """Number of its group, -1 without one."""
     name: str = ""
@@ -29,6 +30,8 @@ class RawSample:
     """Left, top, width and height in pixels of the part to pack, cut at the borders; None packs the file as it is."""
     fault: str = ""
     """Why it cannot be packed, where the recipe knows already; it is left out with this reason."""
+    mask: Path | None = None
+    """A PNG or TIFF of the same height and width that says the class of each pixel, see `decode_mask`."""
 
     @property
     def recorded(self) -> str:
@@ -48,6 +51,8 @@ class Listing(NamedTuple):
     """What the stored values mean; statistics are left to `explora pack`."""
     groups: Groups | None = None
     """Groups by number."""
+    masks: list[str] | None = None
+    """Names by number of the classes in masks; None where images have none."""
 
 
 Recipe: TypeAlias = Callable[[Path, str | None], Listing]

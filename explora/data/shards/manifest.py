@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,11 +23,15 @@ FORMAT: Final = "explora-shards"
 VERSION: Final = 2
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
+LABELS = "labels.npy"
+"""Of images that may have several labels each: one bit for every image and class."""
 ROW = np.dtype(
     [("offset", "<u8"), ("digest", "<u8"), ("shard", "<u4"), ("size", "<u4"), ("label", "<i4"), ("group", "<i4")]
 )
 """One image: where its bytes start in which shard and how many they are, the first 8 bytes of their sha256 as a
 little-endian number, its class and its group (-1: none)."""
+MASK_CLASSES: Final = 255
+"""Classes that the pixels of a mask may have, at most."""
 SHOWN: Final = 10
 """Of many faults, how many are named."""
 _UNKNOWN: Final = "pack or index the images again"
@@ -80,6 +85,8 @@ class Manifest(Config):
     """Class names by label, or nothing for unlabelled images."""
     groups: Groups | None = None
     """Groups by number, or nothing."""
+    masks: list[str] | None = Field(None, min_length=1, max_length=MASK_CLASSES)
+    """Names by number of the classes in segmentation masks, or nothing where images have none."""
     pixels: Pixels = PHOTOGRAPH
     """Bands, units and statistics."""
     shards: list[ShardFile]
@@ -88,6 +95,8 @@ class Manifest(Config):
     """See `fingerprint`."""
     index_sha256: str
     """Digest of `index.npy`."""
+    labels_sha256: str | None = None
+    """Digest of `labels.npy`, or nothing where images have one label at most."""
     skipped: list[Skipped] = Field(default_factory=list)
     """Inputs that were left out, the first 10,000."""
     left_out: int = Field(0, ge=0)
@@ -105,6 +114,8 @@ class Manifest(Config):
                 raise ValueError(f"{what}: {whole}, but the shards have {parts}")
         if len({shard.file for shard in self.shards}) != len(self.shards):
             raise ValueError("shards: a file is listed more than once")
+        if self.labels_sha256 is not None and not self.classes:
+            raise ValueError("labels_sha256: there are no classes")
         return self
 
     @property
@@ -114,20 +125,30 @@ class Manifest(Config):
         return "pack the images again" if packed else "index the tars again"
 
 
-def fingerprint(classes: list[str] | None, pixels: Pixels, labelled: Iterable[tuple[np.ndarray, np.ndarray]]) -> str:
+def fingerprint(
+    classes: list[str] | None,
+    pixels: Pixels,
+    labelled: Iterable[tuple[np.ndarray, ...]],
+    *,
+    multilabel: bool = False,
+    masks: list[str] | None = None,
+) -> str:
     """sha256 over the class names, what the pixels mean, then each image's label and digest in order.
 
     Neither the size of shards nor statistics, groups and names enter.
 
     Args:
-        labelled: labels and digests of some images after the other, each (n,), see `ROW`.
+        labelled: labels and digests of some images after the other, each (n,), see `ROW`; behind them their bits in
+            `labels.npy`, uint8 (n, ceil(C / 8)), if `multilabel`, and the digests of their masks (n,) if there are any.
+        masks: names of the classes in masks.
     """
-    meaning = pixels.model_dump(mode="json", exclude={"bands": {"__all__": {"statistics"}}})
-    whole = hashlib.sha256(json.dumps([classes, meaning], sort_keys=True).encode())
-    for labels, digests in labelled:
-        both = np.empty(len(labels), np.dtype([("label", "<i4"), ("digest", "<u8")]))
-        both["label"], both["digest"] = labels, digests
-        whole.update(both.tobytes())
+    said: list[Any] = [classes, pixels.model_dump(mode="json", exclude={"bands": {"__all__": {"statistics"}}})]
+    if multilabel or masks is not None:
+        said.append({"masks": masks, "multilabel": multilabel})
+    whole = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for labels, *others in labelled:
+        columns = [labels.astype("<i4"), *(other.astype("<u8" if other.ndim == 1 else "u1") for other in others)]
+        whole.update(np.concatenate([column.view("u1").reshape(len(labels), -1) for column in columns], 1).tobytes())
     return whole.hexdigest()
 
 
@@ -162,6 +183,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ConfigError as error:
         raise DataError(f"{path}: damaged: {error}; {_UNKNOWN}") from None
     digests = [manifest.fingerprint, manifest.index_sha256, *(shard.sha256 for shard in manifest.shards)]
+    digests += [] if manifest.labels_sha256 is None else [manifest.labels_sha256]
     for digest in digests:
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise DataError(f"{path}: damaged: {digest[:80]!a} is no sha256; {_UNKNOWN}")
@@ -179,15 +201,38 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
     Raises:
         DataError: it is damaged, or does not belong to the manifest.
     """
-    path, rows = folder / INDEX, manifest.samples
+    return _mapped(folder / INDEX, ROW, (manifest.samples,), manifest, f"{manifest.samples} rows of the index")
+
+
+def read_labels(folder: Path, manifest: Manifest) -> np.ndarray | None:
+    """The rows of `labels.npy`, uint8 (samples, ceil(C / 8)), memory-mapped: no row is read.
+
+    Class c of an image is bit c % 8, counted from the lowest, of byte c // 8 of its row. None where images have one
+    label at most.
+
+    Raises:
+        DataError: it is damaged, or does not belong to the manifest.
+    """
+    if manifest.labels_sha256 is None:
+        return None
+    classes = len(manifest.classes or ())
+    shape = (manifest.samples, -(-classes // 8))
+    return _mapped(
+        folder / LABELS, np.dtype(np.uint8), shape, manifest, f"the labels of {shape[0]} images in {classes} classes"
+    )
+
+
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], manifest: Manifest, expected: str) -> np.ndarray:
     try:
         with path.open("rb") as file:
             facts = _header(file)
             start, size = file.tell(), file.seek(0, 2)
-        expected = {"descr": ROW.descr, "fortran_order": False, "shape": (rows,)}
-        if facts != expected or size != start + rows * ROW.itemsize:
-            raise DataError(f"expected {rows} rows of the index")
-        return np.memmap(path, ROW, "r", start, (rows,))
+        descr = np.lib.format.dtype_to_descr(dtype)
+        if facts != {"descr": descr, "fortran_order": False, "shape": shape} or (
+            size != start + math.prod(shape) * dtype.itemsize
+        ):
+            raise DataError(f"expected {expected}")
+        return np.memmap(path, dtype, "r", start, shape)
     except OSError as error:
         raise DataError(f"{path}: damaged: {error.strerror}; {manifest.again}") from None
     except DataError as error:

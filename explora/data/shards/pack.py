@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 from explora.data.shards.crew import Progress, locked, work
 from explora.data.shards.index import ShardSet
 from explora.data.shards.listing import Listing, RawSample
+from explora.data.shards.manifest import MASK_CLASSES
 from explora.data.shards.parts import Part, announce, bind, replacing
 from explora.data.shards.writer import SAMPLES, WHOLE, Job, to_line, write_shard
 from explora.errors import DataError
@@ -58,10 +59,10 @@ def pack(
 ) -> ShardSet:
     """Write plain WebDataset tars, `index.npy` and `manifest.json` into the new folder `out`.
 
-    Original bytes are kept, but for parts that are cut out of images. Images that do not decode are left out and
-    listed as `skipped`. Which image goes into which shard is settled by the sizes of the files, so the same input gives
-    the same bytes, on any number of workers. Until all is done the work is in `.{out}.partial` beside `out`; with the
-    same input and settings it goes on from the shards that are whole there.
+    Original bytes are kept, but for parts that are cut out of images. Images that do not decode, or whose masks do
+    not, are left out and listed as `skipped`. Which image goes into which shard is settled by the sizes of the files,
+    so the same input gives the same bytes, on any number of workers. Until all is done the work is in
+    `.{out}.partial` beside `out`; with the same input and settings it goes on from the shards that are whole there.
 
     Args:
         shard_bytes: size of a shard, which only a single image may exceed; a part that is cut out counts as its file.
@@ -70,7 +71,8 @@ def pack(
 
     Raises:
         DataError: `out` exists, or is being packed; a leftover of another packing is in the way; no image is usable; a
-            label has no class; the disk is full.
+            label has no class, or some images alone may have several; a mask is not of the size of its image, or holds
+            a class without a name; the disk is full.
         RunError: a worker was killed.
     """
     out = Path(out)
@@ -152,8 +154,11 @@ def _jobs(listing: Listing, folder: Path, name: str, shard_bytes: int, progress:
     """The shards to write, compared with those that an earlier packing was to write.
 
     Raises:
-        DataError: they differ, a label has no class, a group no name, or there are no images.
+        DataError: they differ, a label has no class, a group no name, some images alone may have several labels, masks
+            have no or too many names of classes, or there are no images.
     """
+    if listing.masks is not None and not 0 < len(listing.masks) <= MASK_CLASSES:
+        raise DataError(f"{len(listing.masks)} names of classes in masks; there must be 1 to {MASK_CLASSES}")
     _sweep(folder)
     listed = folder / f"{SAMPLES}.new"
     digest, spans = _list(listing, listed, shard_bytes, progress)
@@ -166,6 +171,7 @@ def _jobs(listing: Listing, folder: Path, name: str, shard_bytes: int, progress:
         "shard_bytes": shard_bytes,
         "classes": listing.classes,
         "groups": listing.groups.model_dump(mode="json") if listing.groups else None,
+        "masks": listing.masks,
         "pixels": listing.pixels.model_dump(mode="json"),
         "images": digest,
     }
@@ -173,7 +179,8 @@ def _jobs(listing: Listing, folder: Path, name: str, shard_bytes: int, progress:
     listed.replace(folder / SAMPLES)
     with replacing(folder / PLAN) as file:
         file.write(json.dumps(plan).encode())
-    return [Job(folder, number, *span, listing.pixels, groups) for number, span in enumerate(spans)]
+    classes, masks = len(listing.classes or ()), len(listing.masks or ())
+    return [Job(folder, number, *span, listing.pixels, groups, classes, masks) for number, span in enumerate(spans)]
 
 
 def _compare(folder: Path, plan: dict[str, Any]) -> None:
@@ -195,17 +202,19 @@ def _list(listing: Listing, path: Path, shard_bytes: int, progress: Progress | N
     spans: list[Span] = []
     start = room = position = 0
     first = number = 0
+    several: bool | None = None
     with path.open("wb") as file:
         for number, sample in enumerate(listing.samples):
-            _check(sample, listing)
-            size, changed = _state(sample.path)
-            weight = _weight(size)
+            several = isinstance(sample.label, tuple) if several is None else several
+            _check(sample, listing, several)
+            state = [*_state(sample.path), *(() if sample.mask is None else _state(sample.mask))]
+            weight = _weight(*state[::2])
             if weight > room:
                 if number:
                     spans.append(Span(start, first, number - first))
                 start, first, room = position, number, shard_bytes
             room -= weight
-            line = to_line(sample, size, changed)
+            line = to_line(sample, *state)
             whole.update(line)
             position += file.write(line)
             if progress and number % LISTED_EVERY == LISTED_EVERY - 1:
@@ -215,10 +224,20 @@ def _list(listing: Listing, path: Path, shard_bytes: int, progress: Progress | N
     return whole.hexdigest(), spans
 
 
-def _check(sample: RawSample, listing: Listing) -> None:
+def _check(sample: RawSample, listing: Listing, several: bool) -> None:
     classes, groups = len(listing.classes or ()), len(listing.groups.names if listing.groups else ())
-    if not -1 <= sample.label < classes:
-        raise DataError(f"{sample.path}: label {sample.label}, but there are {classes} class names")
+    labels = sample.label if isinstance(sample.label, tuple) else (sample.label,)
+    if isinstance(sample.label, tuple) != several:
+        before = "a tuple of labels" if several else "one label"
+        raise DataError(f"{sample.path}: label {sample.label}, but the images before it have {before}; mix them not")
+    for label in labels:
+        if not (0 if several else -1) <= label < classes:
+            raise DataError(f"{sample.path}: label {label}, but there are {classes} class names")
+    if several and not classes:
+        raise DataError(f"{sample.path}: may have several labels, but there are no class names")
+    if sample.mask is not None and (listing.masks is None or sample.box is not None):
+        lack = "the classes in masks have no names" if listing.masks is None else "a mask is not cut along with a box"
+        raise DataError(f"{sample.path}: has a mask, but {lack}")
     if not -1 <= sample.group < groups:
         raise DataError(f"{sample.path}: group {sample.group}, but there are {groups} group names")
 
@@ -232,9 +251,9 @@ def _state(path: Path) -> tuple[int, int]:
     return known.st_size, known.st_mtime_ns
 
 
-def _weight(size: int) -> int:
-    """Bytes of a sample in a tar: the image with its header, a label and a few facts with theirs."""
-    return 5 * tarfile.BLOCKSIZE + -(-max(size, 0) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+def _weight(*sizes: int) -> int:
+    """Bytes of a sample in a tar: the image and perhaps a mask with their headers, a label and a few facts."""
+    return sum(-(-max(size, 0) // tarfile.BLOCKSIZE) + 1 for size in sizes) * tarfile.BLOCKSIZE + 4 * tarfile.BLOCKSIZE
 
 
 def _unwritable(out: Path, error: OSError) -> DataError:

@@ -20,7 +20,7 @@ from explora.data.shards.index import ShardSet, among, overlap
 from explora.data.shards.listing import Listing
 from explora.data.shards.manifest import (
     INDEX,
-    ROW,
+    LABELS,
     SHOWN,
     Manifest,
     ShardFile,
@@ -55,6 +55,10 @@ class Part:
     """Images that were left out."""
     tally: dict[str, np.ndarray]
     """State of the `Tally` of its images."""
+    labels: np.ndarray | None = None
+    """Their rows of `labels.npy`, where they may have several labels each."""
+    masks: np.ndarray | None = None
+    """Digests of their masks, (n,) uint64, where they have some."""
 
     def save(self, path: Path) -> None:
         """Write all of it, whole or not at all."""
@@ -66,8 +70,10 @@ class Part:
         }
         blob = np.frombuffer(json.dumps(facts).encode(), np.uint8)
         tally = {f"tally.{name}": array for name, array in self.tally.items()}
+        beside = {"labels": self.labels, "masks": self.masks}
+        there = {name: array for name, array in beside.items() if array is not None}
         with replacing(path) as file:
-            np.savez_compressed(file, allow_pickle=False, facts=blob, rows=self.rows, **tally)
+            np.savez_compressed(file, allow_pickle=False, facts=blob, rows=self.rows, **there, **tally)
 
     @classmethod
     def load(cls, path: Path) -> Part:
@@ -76,7 +82,8 @@ class Part:
             facts = json.loads(arrays["facts"].tobytes())
             tally = {name.removeprefix("tally."): arrays[name] for name in arrays if name.startswith("tally.")}
             skipped = [Skipped(path=name, reason=reason) for name, reason in facts.pop("skipped")]
-            return cls(rows=arrays["rows"], skipped=skipped, tally=tally, **facts)
+            there = {name: arrays[name] for name in ("labels", "masks") if name in arrays}
+            return cls(rows=arrays["rows"], skipped=skipped, tally=tally, **there, **facts)
 
 
 def bind(
@@ -101,7 +108,8 @@ def bind(
     if not whole.tables:
         shown = "".join(f"\n  {item.path}: {item.reason}" for item in whole.skipped[:3])
         raise DataError(f"nothing to pack: {whole.missing} images found, none usable{shown}")
-    labelled = ((table["label"], table["digest"]) for table in whole.tables)
+    columns = zip(whole.tables, *filter(None, (whole.labels, whole.masks)), strict=True)
+    labelled = ((table["label"], table["digest"], *others) for table, *others in columns)
     digests = np.concatenate([table["digest"] for table in whole.tables])
     manifest = Manifest(
         name=name,
@@ -109,10 +117,14 @@ def bind(
         bytes=sum(shard.bytes for shard in whole.shards),
         classes=listing.classes,
         groups=listing.groups,
+        masks=listing.masks,
         pixels=with_statistics(listing.pixels, whole.tally),
         shards=whole.shards,
-        fingerprint=fingerprint(listing.classes, listing.pixels, labelled),
-        index_sha256=_write_index(folder / INDEX, whole.tables),
+        fingerprint=fingerprint(
+            listing.classes, listing.pixels, labelled, multilabel=bool(whole.labels), masks=listing.masks
+        ),
+        index_sha256=_write_array(folder / INDEX, whole.tables),
+        labels_sha256=_write_array(folder / LABELS, whole.labels) if whole.labels else None,
         skipped=whole.skipped,
         left_out=whole.missing,
         duplicates=len(digests) - len(np.unique(digests)),
@@ -129,6 +141,8 @@ class _Whole:
     def __init__(self, pixels: Pixels) -> None:
         self.shards: list[ShardFile] = []
         self.tables: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.masks: list[np.ndarray] = []
         self.skipped: list[Skipped] = []
         self.missing = 0
         self.tally = Tally(pixels)
@@ -141,6 +155,8 @@ class _Whole:
             shard = ShardFile(file=part.file, samples=len(part.rows), bytes=part.bytes, sha256=part.sha256)
             self.shards.append(shard)
             self.tables.append(part.rows)
+            self.labels += [] if part.labels is None else [part.labels]
+            self.masks += [] if part.masks is None else [part.masks]
             self.tally.merge(Tally.of_state(self.tally.pixels, part.tally))
 
 
@@ -175,9 +191,16 @@ def announce(shards: ShardSet, against: Sequence[ShardSet] = ()) -> None:
     logger.info(
         "%s: %d images in %d shard(s), %s, %d skipped",
         *(shards.folder, len(shards), len(shards.manifest.shards)),
-        f"{len(shards.classes)} classes" if shards.classes else "no labels",
+        _meant(shards),
         missing,
     )
+
+
+def _meant(shards: ShardSet) -> str:
+    """What is known of the images."""
+    several = ", several to an image" if shards.multilabel else ""
+    labels = f"{len(shards.classes)} classes{several}" if shards.classes else "no labels"
+    return labels if shards.masks is None else f"{labels}, masks of {len(shards.masks)} classes"
 
 
 def _some(shards: ShardSet, images: np.ndarray) -> tuple[str, str]:
@@ -212,11 +235,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_index(path: Path, tables: list[np.ndarray]) -> str:
+def _write_array(path: Path, tables: list[np.ndarray]) -> str:
     """As `numpy.save` of all tables together, without a second copy of them in memory; returns the file's sha256."""
-    header, shape = io.BytesIO(), (sum(map(len, tables)),)
+    header, shape = io.BytesIO(), (sum(map(len, tables)), *tables[0].shape[1:])
     np.lib.format.write_array_header_1_0(
-        header, {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": shape}
+        header, {"descr": np.lib.format.dtype_to_descr(tables[0].dtype), "fortran_order": False, "shape": shape}
     )
     whole = hashlib.sha256()
     with replacing(path) as file:

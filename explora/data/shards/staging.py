@@ -17,7 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from explora.data.shards.crew import locked
-from explora.data.shards.manifest import INDEX, MANIFEST, Manifest, ShardFile, read_index, read_manifest, write_manifest
+from explora.data.shards.manifest import (
+    INDEX,
+    LABELS,
+    MANIFEST,
+    Manifest,
+    ShardFile,
+    read_index,
+    read_labels,
+    read_manifest,
+    write_manifest,
+)
 from explora.errors import DataError
 from explora.runs import sync
 
@@ -86,6 +96,7 @@ def _finished(place: Path, manifest: Manifest) -> bool:
         return False
     try:
         read_index(place, manifest)
+        read_labels(place, manifest)
         same = read_manifest(place) == manifest
     except DataError:
         return False
@@ -117,6 +128,8 @@ def _complete(folder: Path, place: Path, manifest: Manifest, progress: Callable[
             if progress:
                 progress(done)
     list(_copied(folder, place, manifest, INDEX, manifest.index_sha256))
+    if manifest.labels_sha256 is not None:
+        list(_copied(folder, place, manifest, LABELS, manifest.labels_sha256))
     write_manifest(place, manifest)
     sync(place)
     logger.info("%s: %s copied from %s in %.1f s", place, _mib(done), folder, time.monotonic() - started)

@@ -9,7 +9,7 @@ import json
 import os
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -23,6 +23,7 @@ from explora.data.shards.crew import Count
 from explora.data.shards.listing import EXTENSIONS, RawSample
 from explora.data.shards.manifest import ROW, Skipped, digest
 from explora.data.shards.parts import Part
+from explora.data.shards.segmentation import IGNORE, MASK, decode_mask, storable, unnamed
 from explora.data.statistics import Tally
 from explora.errors import DataError
 from explora.runs import sync
@@ -49,6 +50,10 @@ class Job(NamedTuple):
     pixels: Pixels
     groups: list[str]
     """Names by group number."""
+    classes: int
+    """How many labels there may be."""
+    masks: int
+    """How many classes there may be in masks; 0: there are no masks."""
 
     @property
     def file(self) -> str:
@@ -69,21 +74,25 @@ class Job(NamedTuple):
         return part if not part.bytes or (path.exists() and path.stat().st_size == part.bytes) else None
 
 
-def to_line(sample: RawSample, size: int, changed: int) -> bytes:
-    """A line of `SAMPLES`; the size and the time of the file only tell whether it has changed."""
+def to_line(sample: RawSample, *state: int) -> bytes:
+    """A line of `SAMPLES`; the state, size and time of each file, only tells whether they have changed."""
     facts = (os.path.abspath(sample.path), sample.label, sample.group, sample.recorded, sample.box, sample.fault)
-    return json.dumps([*facts, size, changed]).encode() + b"\n"
+    mask = None if sample.mask is None else os.path.abspath(sample.mask)
+    return json.dumps([*facts, mask, *state]).encode() + b"\n"
 
 
 def _of_line(line: bytes) -> RawSample:
-    path, label, group, name, box, fault, *_ = json.loads(line)
-    return RawSample(Path(path), label, group, name, box and tuple(box), fault)
+    path, label, group, name, box, fault, mask, *_ = json.loads(line)
+    label = tuple(label) if isinstance(label, list) else label
+    return RawSample(Path(path), label, group, name, box and tuple(box), fault, mask and Path(mask))
 
 
 def write_shard(job: Job, count: Count) -> None:
     """Write the tar under another name, rename it when it is on the disk, then leave the record of it."""
     temporary = job.work / f"{job.file}.tmp"
     rows: list[tuple[int, int, int, int, int, int]] = []
+    labels: list[int | tuple[int, ...]] = []
+    masks: list[int] = []
     skipped: list[Skipped] = []
     tally = Tally(job.pixels)
     try:
@@ -91,17 +100,40 @@ def write_shard(job: Job, count: Count) -> None:
             for number, sample in _samples(job):
                 try:
                     suffix, blob, image = _stored(sample, job.pixels)
+                    mask = _mask(sample) if job.masks else None
                     tally.add(image)
                 except DataError as error:
                     skipped.append(Skipped(path=sample.recorded, reason=str(error)))
                 else:
-                    offset = _append(tar, f"{number:09d}", suffix, blob, _members(sample, job.groups))
-                    rows.append((offset, digest(blob), 0, len(blob), sample.label, sample.group))
+                    others = _members(sample, job.groups)
+                    if mask is not None:
+                        _check_mask(sample, mask, image, job.masks)
+                        masks.append(digest(mask.blob))
+                        others = {f".{MASK}": mask.blob, **others}
+                    offset = _append(tar, f"{number:09d}", suffix, blob, others)
+                    label = sample.label if isinstance(sample.label, int) else -1
+                    rows.append((offset, digest(blob), 0, len(blob), label, sample.group))
+                    labels.append(sample.label)
                 count(1)
         size, sha256 = _publish(temporary, job.work / WHOLE / job.file) if rows else (0, "")
     finally:
         temporary.unlink(missing_ok=True)
-    Part(job.file, size, sha256, np.array(rows, ROW), skipped, tally.state()).save(job.record)
+    digests = np.array(masks, np.uint64) if masks else None
+    part = Part(
+        job.file, size, sha256, np.array(rows, ROW), skipped, tally.state(), _bits(labels, job.classes), digests
+    )
+    part.save(job.record)
+
+
+def _bits(labels: Sequence[int | tuple[int, ...]], classes: int) -> np.ndarray | None:
+    """Rows of `labels.npy`, see `read_labels`; None where images have one label at most."""
+    several = [label for label in labels if isinstance(label, tuple)]
+    if not several:
+        return None
+    targets = np.zeros((len(several), classes), np.uint8)
+    for target, label in zip(targets, several, strict=True):
+        target[list(label)] = 1
+    return np.packbits(targets, axis=1, bitorder="little")
 
 
 def _samples(job: Job) -> Iterator[tuple[int, RawSample]]:
@@ -140,6 +172,50 @@ def _stored(sample: RawSample, pixels: Pixels) -> tuple[str, bytes, np.ndarray]:
     part = cut(image, sample.box)
     suffix, blob = encode(part, jpeg=blob.startswith(b"\xff\xd8"))
     return suffix, blob, decode(blob, pixels) if suffix == ".jpg" else part
+
+
+class _Mask(NamedTuple):
+    """A mask to store."""
+
+    blob: bytes
+    """As it is stored."""
+    numbers: np.ndarray
+    """uint8 (H, W)."""
+
+
+def _mask(sample: RawSample) -> _Mask:
+    """The mask of an image.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    if sample.mask is None:
+        raise DataError("has no mask, as the other images have")
+    try:
+        blob = _read(sample.mask)
+        numbers = decode_mask(blob)
+    except DataError as error:
+        raise DataError(f"its mask {sample.mask.name}: {error}") from None
+    return _Mask(storable(blob, numbers), numbers)
+
+
+def _check_mask(sample: RawSample, mask: _Mask, image: np.ndarray, classes: int) -> None:
+    """Refuse a mask of another image, or of other classes: that is no damage to be borne, but a mistake in all of them.
+
+    Raises:
+        DataError: names the mask.
+    """
+    (height, width), (high, wide) = mask.numbers.shape, image.shape[:2]
+    if (height, width) != (high, wide):
+        raise DataError(
+            f"{sample.mask}: {width} x {height} pixels, but its image {sample.path} has {wide} x {high}; a mask must "
+            "be of the size of its image"
+        )
+    if strange := unnamed(mask.numbers, classes):
+        raise DataError(
+            f"{sample.mask}: holds class {strange[0]}, but there are {classes} names of classes; name all of them, or "
+            f"give pixels of no class the number {IGNORE}"
+        )
 
 
 def _read(path: Path) -> bytes:
@@ -199,6 +275,9 @@ def _members(sample: RawSample, groups: list[str]) -> dict[str, bytes]:
         facts["group"] = groups[sample.group]
     if sample.box is not None:
         facts["box"] = sample.box
+    if isinstance(sample.label, tuple):
+        facts["labels"] = sorted(set(sample.label))
+        return {".json": json.dumps(facts).encode()}
     label = {".cls": str(sample.label).encode()} if sample.label >= 0 else {}
     return {**label, ".json": json.dumps(facts).encode()}
 
