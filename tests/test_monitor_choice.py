@@ -59,8 +59,16 @@ def test_partly_labelled_sets_are_judged_by_what_is_labelled() -> None:
 class Labelled:
     """As much of a shard set as choosing looks at."""
 
-    def __init__(self, *labels: int) -> None:
-        self.labels = np.array(labels)
+    def __init__(self, *labels: int, multilabel: bool = False) -> None:
+        self._labels, self.multilabel = np.array(labels), multilabel
+
+    @property
+    def labels(self) -> np.ndarray:
+        assert not self.multilabel, "which one?"
+        return self._labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
 
 
 @pytest.mark.parametrize(
@@ -81,3 +89,10 @@ def test_what_labels_cannot_give_is_said(
     assert [record.getMessage() for record in caplog.records] == ([said] if said else [])
     if "not" in said:
         assert monitor.k == 2
+
+
+def test_images_with_several_labels_are_watched_without_them(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "explora")
+    monitor = Monitor(MonitorConfig(), Labelled(0, 0, 1, 1, multilabel=True), Center(size=32))  # type: ignore[arg-type]
+    assert (monitor.labelled, monitor.chosen.tolist()) == (False, [0, 1, 2, 3])
+    assert caplog.messages == ["several labels for each image: only RankMe is watched, and no best step is kept"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from explora.config import load
-from explora.data.order import Epochs, Order
+from explora.data.order import BalancedEpochs, Epochs, Order, apportioned
 from explora.data.views import ORDER, STEP, Key
 from explora.errors import ConfigError
 
@@ -97,6 +97,69 @@ def test_a_place_among_ten_million_is_found_in_no_time() -> None:
 def test_what_a_config_says() -> None:
     order = load(Order, {"block": 32})
     assert (str(order), str(Order(shuffle="full")), str(Order())) == ("blocks 32 x 128", "full", "blocks 64 x 128")
-    for wrong in ({"block": 0}, {"window": 0}, {"shuffle": "some"}):
+    assert (str(Order(balance=0.5)), str(Order(balance=1, block=8))) == ("balanced 0.5", "balanced 1")
+    for wrong in (
+        {"block": 0},
+        {"window": 0},
+        {"shuffle": "some"},
+        {"balance": 1.5},
+        {"balance": 1, "shuffle": "none"},
+    ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             load(Order, wrong)
+
+
+# Balanced
+
+
+SIZES = (1, 3, 40, 156)
+LABELS = np.random.default_rng(0).permutation(np.repeat([0, 2, 3, 7], SIZES))
+
+
+def balanced(balance: float, epoch: int, seed: int = 0) -> list[tuple[int, int]]:
+    epochs = BalancedEpochs(balance, LABELS, seed)
+    return [epochs[place] for place in range(epoch * len(LABELS), (epoch + 1) * len(LABELS))]
+
+
+@pytest.mark.parametrize("balance", [0.25, 0.5, 1.0])
+def test_classes_come_as_often_as_the_closed_form_says(balance: float) -> None:
+    weights = np.array(SIZES) ** (1 - balance)
+    expected = weights / weights.sum() * len(LABELS)
+    counts: Counter[int] = Counter()
+    for epoch in range(5):
+        counts.update(LABELS[image] for _, image in balanced(balance, epoch))
+        assert sum(counts.values()) == (epoch + 1) * len(LABELS)
+        assert np.abs(np.array([counts[label] for label in (0, 2, 3, 7)]) - (epoch + 1) * expected).max() < 1
+
+
+def test_of_a_class_each_image_comes_before_any_comes_again() -> None:
+    draws = [draw for epoch in range(7) for draw in balanced(1.0, epoch)]
+    assert len(set(draws)) == len(draws)  # so each is cropped anew
+    for label in (0, 2, 3, 7):
+        rounds = [which for which, image in draws if LABELS[image] == label]
+        assert Counter(rounds)[0] == SIZES[(0, 2, 3, 7).index(label)]
+    often = Counter(image for _, image in draws)
+    assert {often[image] for image in np.flatnonzero(LABELS == 3)} == {8, 9}  # 50 of 40 in each of 7 epochs
+    assert {often[image] for image in np.flatnonzero(LABELS == 7)} == {2, 3}
+    assert not any(which for which, image in balanced(0.5, 0) if LABELS[image] == 7)
+
+
+def test_any_place_of_a_balanced_order_is_reached_at_once() -> None:
+    walked = [draw for epoch in range(4) for draw in balanced(0.5, epoch, seed=3)]
+    epochs = BalancedEpochs(0.5, LABELS, 3)
+    for place in np.random.default_rng(1).permutation(len(walked)).tolist():
+        assert epochs[place] == walked[place]
+    orders = {tuple(balanced(1.0, epoch, seed)) for epoch in (0, 1) for seed in (0, 1)}
+    assert len(orders) == 4
+    few = BalancedEpochs(0.6, np.repeat([0, 1, 2], [1, 2, 4]), 0)
+    assert Counter(few[place][1] for place in range(700))[0] == round(700 / (1 + 2**0.4 + 4**0.4))
+    # Neither sorted by class nor by number: neighbours are of one class as often as chance has it.
+    classes = LABELS[[image for _, image in balanced(1.0, 0)]]
+    assert np.mean(classes[1:] == classes[:-1]) == pytest.approx(0.25, abs=0.08)
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1], [5, 1, 1e-9], [0.3, 0.3, 0.4]])
+def test_shares_are_whole_and_off_by_less_than_one(weights: list[float]) -> None:
+    counts = np.array(apportioned(weights, 200))
+    assert counts.sum() == 200
+    assert np.abs(counts - 200 * np.array(weights) / sum(weights)).max() < 1

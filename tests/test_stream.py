@@ -13,7 +13,21 @@ import torch
 from light_shards import Pixels, Says
 from PIL import Image
 
-from explora.data import Center, Crop, Key, Listing, MultiCrop, RawSample, ShardSet, Step, Stream, Views, batches, pack
+from explora.data import (
+    Center,
+    Crop,
+    Key,
+    Listing,
+    Mixture,
+    MultiCrop,
+    RawSample,
+    ShardSet,
+    Step,
+    Stream,
+    Views,
+    batches,
+    pack,
+)
 from explora.data.order import Epochs, Order
 from explora.errors import ConfigError, DataError
 
@@ -117,6 +131,34 @@ def test_a_batch_that_ranks_cannot_share_is_refused(shards: ShardSet) -> None:
         stream(shards, micro_batches=2, rank=0, ranks=3)
     with pytest.raises(ConfigError, match=r"batch_size 64 .* on each of 3 ranks; choose a multiple of 3"):
         stream(Pixels(1), batch_size=64, rank=0, ranks=3)
+
+
+def test_a_balanced_order_goes_on_anywhere_on_any_number_of_ranks(shards: ShardSet) -> None:
+    order = Order(balance=1)
+    whole = list(stream(shards, order=order, views=Crop(size=8)).steps(9))
+    labels = torch.cat([step.micro_batches[0]["label"] for step in whole])
+    assert max(Counter(labels[: 3 * N].tolist()).values()) <= 12  # of 4, 4 and 3
+    first = stream(shards, order=order, views=Crop(size=8))
+    list(first.steps(4))
+    position = first.state_dict()
+    assert position["order"] == "balanced 1"
+    assert (position["epoch"], position["samples"]) == divmod(4 * 4, N)
+    parts = [stream(shards, Crop(size=8), order=order, rank=rank, ranks=2, position=position) for rank in range(2)]
+    for one, *halves in zip(whole[4:], *(each.steps(9) for each in parts), strict=True):
+        for key, value in one.micro_batches[0].items():
+            assert torch.equal(value, torch.cat([half.micro_batches[0][key] for half in halves]))
+    with pytest.raises(DataError, match="order: saved balanced 1, now blocks 64 x 128"):
+        stream(shards, Crop(size=8), position=position)
+
+
+def test_a_balanced_order_needs_labels_whatever_the_views_need() -> None:
+    with pytest.raises(DataError, match=r"few: 5 of 5 images have no label, but order\.balance needs one"):
+        stream(Pixels(5, "few"), Says(), order=Order(balance=0.5))
+    sets = Mixture([Pixels(7, "two", classes=2), Pixels(9, "three", classes=3)])  # of other classes: each by its own
+    said = next(stream(sets, Says(), order=Order(balance=1), batch_size=1024).steps(1)).micro_batches[0]["said"]
+    first = said[:, 3] < 7
+    assert int(first.sum()) == 448  # 7 of 16
+    assert abs(int((said[first, 0] % 2).sum()) - 224) <= 1  # 4 images are of one class and 3 of the other
 
 
 def test_workers_outlive_the_signals_of_a_cluster(shards: ShardSet) -> None:

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from explora.bands import Pixels
-from explora.data.order import Epochs, Order
+from explora.data.order import BalancedEpochs, Epochs, Order, apportioned
 from explora.data.shards.index import ShardSet
 from explora.data.views import STEP, Key
 from explora.errors import ConfigError
@@ -89,12 +89,17 @@ class Mixture:
         """What the first set's values mean: where a range must be settled, its statistics do."""
         return self.sets[0].pixels
 
+    @property
+    def multilabel(self) -> bool:
+        """Whether images of some set may have several labels each."""
+        return any(one.multilabel for one in self.sets)
+
     @cached_property
     def labels(self) -> np.ndarray:
-        """Class of each image, int32 (n,); -1 without one, or where the sets' classes differ."""
-        if len(self.sets) == 1:
+        """Class of each image, int32 (n,); -1 without one, or where it may have several, or sets' classes differ."""
+        if len(self.sets) == 1 and not self.multilabel:
             return self.sets[0].labels
-        if self.classes is None:
+        if self.classes is None or self.multilabel:
             return np.full(len(self), -1, np.int32)
         return np.concatenate([one.labels for one in self.sets])
 
@@ -105,17 +110,23 @@ class Mixture:
 
 
 class Draws:
-    """The images of a mixture as they are drawn, without end; a place costs microseconds."""
+    """The images of a mixture as they are drawn, without end; a place costs microseconds.
+
+    Classes are balanced within each set; how much a set gives is said by the weights alone.
+    """
 
     def __init__(self, mixture: Mixture, order: Order, seed: int) -> None:
         self._mixture, self._seed = mixture, seed
         self._epochs = [
-            Epochs(order, len(one), seed, first) for one, first in zip(mixture.sets, mixture.firsts, strict=True)
+            BalancedEpochs(order.balance, one.labels, seed, first)
+            if order.balance
+            else Epochs(order, len(one), seed, first)
+            for one, first in zip(mixture.sets, mixture.firsts, strict=True)
         ]
         self._cycle = functools.lru_cache(2)(self._drawn)
 
     def __getitem__(self, place: int) -> Key:
-        """Seed, epoch of its set, and number of the image at a place."""
+        """Seed, epoch of its set (of its class, where these are balanced), and number of the image at a place."""
         cycle, at = divmod(place, CYCLE)
         numbers, before = self._cycle(cycle)
         number = int(numbers[at])
@@ -134,8 +145,4 @@ class Draws:
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
     """Whole numbers in proportion to the weights that sum up to a cycle, by largest remainders."""
-    exact = np.array(weights) / sum(weights) * CYCLE
-    counts = np.floor(exact).astype(int)
-    largest = np.argsort(counts - exact, kind="stable")
-    counts[largest[: CYCLE - counts.sum()]] += 1
-    return tuple(counts.tolist())
+    return apportioned(weights, CYCLE)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from explora.config import Config
 from explora.data.views import ORDER, STEP, Key
 
 _BLOCKS = STEP + 1
-"""The next number beyond any view, see `views`."""
+"""The next number beyond any view, see `views`; that after it is taken in `mixture`."""
+_ROUND, _BALANCED = STEP + 3, STEP + 4
 
 
 class Order(Config):
@@ -30,8 +32,19 @@ class Order(Config):
     """Consecutive images that stay in one window."""
     window: int = Field(128, ge=1)
     """Blocks among whose images is shuffled."""
+    balance: float = Field(0.0, ge=0, le=1)
+    """How far classes come equally often: an image's chance is its class's size to the power of minus this; above 0
+    labels are needed, and the whole set is shuffled as by `full`."""
+
+    @model_validator(mode="after")
+    def _balanced_are_shuffled(self) -> Order:
+        if self.balance and self.shuffle == "none":
+            raise ValueError("balance draws images anew in every epoch; leave shuffle out, or set balance to 0")
+        return self
 
     def __str__(self) -> str:
+        if self.balance:
+            return f"balanced {self.balance:g}"
         return f"blocks {self.block} x {self.window}" if self.shuffle == "blocks" else self.shuffle
 
 
@@ -85,3 +98,59 @@ class Epochs:
         blocks = self._blocks(epoch)[0][window * self._window : (window + 1) * self._window]
         images = (blocks[:, None] * self._block + np.arange(self._block)).ravel()
         return Key(self._seed, epoch, self._first + window).rng(ORDER).permutation(images[images < self._n])
+
+
+class BalancedEpochs:
+    """The numbers of labelled images, small classes more often than large ones, without end.
+
+    Every epoch is as long as the set and holds n_c ** (1 - balance) images of each class c of n_c, in proportion: 0
+    gives each image once, 1 every class equally often. Fractions are carried over, so that after any number of epochs
+    a class is off by less than one image. It goes through all its images before it begins a new round, so an epoch
+    may end before all images of a large class have come; the next one goes on with the others.
+
+    It costs some 40 bytes for each image of the set, and the first place of an epoch a third of a microsecond for each.
+
+    Args:
+        labels: class of each image (n,), none below 0.
+        first: as for `Epochs`.
+    """
+
+    def __init__(self, balance: float, labels: np.ndarray, seed: int, first: int = 0) -> None:
+        self._n, self._seed, self._first = len(labels), seed, first
+        _, sizes = np.unique(labels, return_counts=True)
+        self._members = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
+        self._weights = sizes ** (1.0 - balance)
+        # Two, because a batch may run across.
+        self._epochs = functools.lru_cache(2)(self._drawn)
+
+    def __getitem__(self, place: int) -> tuple[int, int]:
+        """How often the image at a place has come before, and its number; places count without regard to epochs."""
+        epoch, at = divmod(place, self._n)
+        rounds, images = self._epochs(epoch)
+        return int(rounds[at]), int(images[at])
+
+    def _drawn(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rounds and images of an epoch in their order."""
+        starts, ends = (apportioned(self._weights, which * self._n) for which in (epoch, epoch + 1))
+        parts = [self._of_class(number, *span) for number, span in enumerate(zip(starts, ends, strict=True))]
+        rounds, images = (np.concatenate(part) for part in zip(*parts, strict=True))
+        order = Key(self._seed, epoch, self._first).rng(_BALANCED).permutation(self._n)
+        return rounds[order], images[order]
+
+    def _of_class(self, number: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rounds and images of a class from one of its draws up to another, all its rounds in a row."""
+        members = self._members[number]
+        size = len(members)
+        rounds = range(start // size, end // size + 1)
+        shuffled = [Key(self._seed, which, self._first + number).rng(_ROUND).permutation(members) for which in rounds]
+        taken = slice(start - rounds.start * size, end - rounds.start * size)
+        return np.repeat(rounds, size)[taken], np.concatenate(shuffled)[taken]
+
+
+def apportioned(weights: Sequence[float] | np.ndarray, total: int) -> tuple[int, ...]:
+    """Whole numbers in proportion to the weights that sum up to `total`, by largest remainders."""
+    exact = np.array(weights) / sum(weights) * total
+    counts = np.floor(exact).astype(int)
+    largest = np.argsort(counts - exact, kind="stable")
+    counts[largest[: total - counts.sum()]] += 1
+    return tuple(counts.tolist())

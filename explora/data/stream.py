@@ -182,7 +182,8 @@ class Stream(Steps):
 
     Raises:
         ConfigError: ranks times `micro_batches` does not divide `batch_size`.
-        DataError: the views want labels that the shards lack, or `position` belongs to another stream.
+        DataError: the views or a balanced order want labels that the shards lack, or `position` belongs to another
+            stream.
     """
 
     _source = "data (fingerprint)"
@@ -217,7 +218,11 @@ class Stream(Steps):
             max_corrupt=max_corrupt,
         )
         if "label" in views.names():
-            _refuse_unlabelled(self._mixture)
+            _refuse_unlabelled([one for one in self._mixture.sets if not one.multilabel], "this task")
+            _refuse_unlike_classes(self._mixture)
+        if order.balance:
+            _refuse_several_labels(self._mixture)
+            _refuse_unlabelled(self._mixture.sets, "order.balance")
         _warn_of_few(self._mixture, batch_size)
 
     def state_dict(self) -> Position:
@@ -274,18 +279,29 @@ def crops(shards: ShardSet | Mixture, views: Views, keys: Iterable[Key]) -> dict
     return stacked([views.sample(levels(key).image, key) for key in keys])
 
 
-def _refuse_unlabelled(mixture: Mixture) -> None:
-    for one in mixture.sets:
+def _refuse_unlabelled(sets: Iterable[ShardSet], who: str) -> None:
+    for one in sets:
         unlabelled = int((one.labels < 0).sum())
         if unlabelled:
             raise DataError(
-                f"{one.folder}: {unlabelled} of {len(one)} images have no label, but this task "
+                f"{one.folder}: {unlabelled} of {len(one)} images have no label, but {who} "
                 f"needs one; pack them from one folder for each class"
             )
-    if mixture.classes is None:
+
+
+def _refuse_unlike_classes(mixture: Mixture) -> None:
+    if mixture.classes is None or len({one.multilabel for one in mixture.sets}) > 1:
         raise DataError(
             f"{mixture.folder}: these sets have other classes each, but this task needs the same ones in the same "
             "order; pack them from folders of the same names"
+        )
+
+
+def _refuse_several_labels(mixture: Mixture) -> None:
+    if mixture.multilabel:
+        raise DataError(
+            f"{mixture.folder}: images may have several labels each, but order.balance makes classes equally frequent "
+            "of which each image has one; set it to 0"
         )
 
 

@@ -21,7 +21,7 @@ from explora.config import Config
 from explora.data import AnyStream, Step, Views
 from explora.distributed import Parallel, Precision, all_reduce_sum, autocast, device_of, gathered, of_all, rank, size
 from explora.engine import checkpoint, preemption
-from explora.engine.monitor import Monitor, Seen
+from explora.engine.monitor import Seen, Watcher
 from explora.engine.optim import Optimizer
 from explora.engine.watchdog import watched
 from explora.errors import ConfigError, Preempted, RunError, TrainingError
@@ -32,7 +32,6 @@ from explora.schedules import Progress
 
 logger = logging.getLogger("explora")
 
-_DAY = 24 * 3600
 _NAMED = 100  # unreadable images; more are only counted
 
 
@@ -96,10 +95,9 @@ class Training:
         parallel: the objective on its ranks.
         progress: the run's length; its step is where a fresh run starts.
         seed: dropout, drop path and mixup of step i draw from (seed, i), so a resumed run repeats them.
-        monitor: looks at the objective's result before the first step, every so often, and at the end; a run
-            with it learns exactly what it learns without.
-        base: `fingerprint` of the frozen base as it was before `parallel` stored it in another format; that of the
-            base as it is now when left out.
+        monitor: looks at the objective's result before the first step, every so often, and at the end, and may end
+            the run early; up to there it learns exactly what it learns without.
+        base: `fingerprint` of the frozen base before `parallel` stored it otherwise; as it is now when left out.
     """
 
     def __init__(
@@ -112,7 +110,7 @@ class Training:
         views: Views,
         progress: Progress,
         seed: int,
-        monitor: Monitor | None = None,
+        monitor: Watcher | None = None,
         base: str | None = None,
     ) -> None:
         assert isinstance(parallel.module, Objective)
@@ -122,16 +120,14 @@ class Training:
             raise ConfigError(f"views: '{type(views).__name__}' makes no {sorted(lacking)}, which the objective needs")
         self.config, self.run, self.optimizer = config, run, optimizer
         self.stream, self.views, self.progress, self.seed = stream, views, progress, seed
-        self.monitor = monitor
-        self.device = device_of(config.device)
+        self.monitor, self.device = monitor, device_of(config.device)
         self.base = base or fingerprint(gathered(self.objective.base()))
         self.outcome = Outcome()
-        self._in_a_row = 0
-        self._advised = False
+        self._in_a_row, self._advised = 0, False
         self._pace: deque[float] = deque(maxlen=50)  # seconds of the latest steps
 
     def fit(self) -> Outcome:
-        """Train from the newest checkpoint, or from the start, to the end; every rank must ask.
+        """Train from the newest checkpoint, or the start, until the end or the monitor's; every rank must ask.
 
         Raises:
             Preempted: SIGUSR2 or SIGTERM came to any rank; all is saved.
@@ -148,7 +144,7 @@ class Training:
             if not resumed and (seen := self._look()):
                 self._log(seen)
             with self._bar() as bar:
-                for step in self.stream.steps(self.progress.steps):
+                for step in self.stream.steps(self.progress.step if self._ended else self.progress.steps):
                     alive()
                     began = time.monotonic()
                     agreed = self._train(step, asked, saver)
@@ -164,6 +160,8 @@ class Training:
                     if seen or self._due(self.config.log_every):
                         self._log({**agreed.row, **self.objective.numbers(), **seen})
                     self._keep(agreed, saver)
+                    if self._ended:
+                        break
             alive()
             saver.wait()
             self._stop_late(asked)
@@ -174,7 +172,7 @@ class Training:
         return self.outcome
 
     def _due(self, every: int) -> bool:
-        return self.progress.step == self.progress.steps or self.progress.step % every == 0
+        return self._ended or self.progress.step == self.progress.steps or self.progress.step % every == 0
 
     def _train(self, step: Step, asked: preemption.Asked, saver: checkpoint.Saver) -> _Agreed:
         """One optimizer step; alone, with one wait for the device, at the check that all is finite."""
@@ -246,15 +244,14 @@ class Training:
         Raises:
             Preempted: it came to any rank.
         """
-        flags = [sum(each) for each in zip(*of_all(asked.flags()), strict=True)]
-        if (stop := preemption.agreed(flags)) is not None:
+        if (stop := preemption.agreed([sum(each) for each in zip(*of_all(asked.flags()), strict=True)])) is not None:
             raise Preempted(stop)
 
     def _advise(self, waited: float, took: float) -> None:
         """Say once what interval of checkpoints would lose the least time, where the config's is far from it."""
         self._advised = True
         step = statistics.median(self._pace)  # the first ones may compile
-        between = float(os.environ.get("EXPLORA_ALLOCATION_SECONDS", _DAY))
+        between = float(os.environ.get("EXPLORA_ALLOCATION_SECONDS", 24 * 3600))
         advised = round(min(max(checkpoint.advised_steps(step, waited, between), took / step), self.progress.steps))
         every = self.config.save_every
         if not advised / 2 <= every <= 2 * advised:
@@ -266,9 +263,13 @@ class Training:
 
     def _look(self) -> dict[str, float]:
         """What the monitor finds now, for the row of this step."""
-        if self.monitor is None:
-            return {}
-        return self.monitor.look(self.objective.result, self.progress, self.config.precision)
+        vit, precision = self.objective.result, self.config.precision
+        return {} if self.monitor is None else self.monitor.look(vit, self.progress, precision)
+
+    @property
+    def _ended(self) -> bool:
+        """Whether the monitor has ended the run before its last step."""
+        return self.monitor is not None and self.monitor.ended
 
     def _watched(self) -> float:
         """Seconds that the monitor took so far."""
@@ -325,8 +326,7 @@ class Training:
         self.stream.load_state_dict(values["position"])
         if self.monitor is not None:
             self.monitor.load_state_dict(values["monitor"])
-        self.progress = self.progress._replace(step=values["step"])
-        self.outcome = Outcome(**values["outcome"])
+        self.progress, self.outcome = self.progress._replace(step=values["step"]), Outcome(**values["outcome"])
         self.run.forget_metrics_after(values["step"])
         logger.info("resuming at step %d of %d", values["step"], self.progress.steps)
         return True

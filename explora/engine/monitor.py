@@ -1,10 +1,12 @@
-"""What the backbone's features are worth while it learns: kNN and effective rank on the same few images each time."""
+"""What is looked at while a model learns: by rule the kNN and effective rank of the backbone on the same few images."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from explora.config import Config
 from explora.data import Center, Key, Mixture, ShardSet, crops
@@ -70,34 +72,38 @@ class Seen:
         return self.floor is not None and self.last is not None and self.last < self.floor
 
 
-class Monitor:
-    """Measures a backbone on the same few images each time; draws nothing at random, changes nothing.
+class Watcher(ABC):
+    """Measures what learns on the same images each time; draws nothing at random, changes nothing.
 
     Args:
-        shards: the images to choose from; their labels judge, they never teach.
+        every: how often, beside the start and the end.
+        shards: the images; their labels judge, they never teach.
         view: how an image is cut and normalised.
-        on_best: called when a measurement after the start has a better kNN than all before it.
+        on_best: called when a measurement is the best so far.
     """
 
+    _settings: str
+    """The key of its settings in a config, for messages."""
+
     def __init__(
-        self, config: MonitorConfig, shards: ShardSet | Mixture, view: Center, on_best: Callable[[], None] | None = None
+        self, every: Length, shards: ShardSet | Mixture, view: Center, on_best: Callable[[], None] | None = None
     ) -> None:
-        self.config, self.on_best = config, on_best
-        self._shards, self._view = shards, view
+        self.on_best = on_best
+        self._every, self._shards, self._view = every, shards, view
         self.seen = Seen()
-        self.chosen, self.labelled = choose(shards.labels, config.images)
-        self.k = config.k
-        if not self.labelled:
-            lack = "too few labels" if (shards.labels >= 0).any() else "no labels"
-            logger.info("%s: only RankMe is watched, and no best step is kept", lack)
-            return
-        sizes = np.unique(shards.labels[self.chosen], return_counts=True)[1]
-        usual = int(np.median(sizes[sizes > 1]))
-        if self.k >= usual:  # its own class could never outvote the others
-            logger.info(
-                "monitor.k: classes have %d images here, so %d neighbours vote, not %d", usual, usual - 1, self.k
-            )
-            self.k = usual - 1
+
+    @property
+    def ended(self) -> bool:
+        """Whether training should stop, because nothing more is to be gained."""
+        return False
+
+    @abstractmethod
+    def measure(self, vit: ViT, precision: Precision = "auto") -> dict[str, float]:
+        """What is found now, by the names it gets in a log."""
+
+    @abstractmethod
+    def _judge(self, found: dict[str, float], step: int) -> dict[str, float]:
+        """Compare with what was found before; what else belongs into the log."""
 
     def look(self, vit: ViT, progress: Progress, precision: Precision = "auto") -> dict[str, float]:
         """What is found after so many steps, for the row of this step; nothing where it is not its turn.
@@ -108,16 +114,15 @@ class Monitor:
             DataError, TrainingError: as `measure`.
         """
         step, total = progress.step, progress.steps
-        every = max(1, self.config.every.steps(batch=progress.batch, samples=progress.samples, total=total))
+        every = max(1, self._every.steps(batch=progress.batch, samples=progress.samples, total=total))
         if step != total and step % every:
             return {}
         began = time.monotonic()
         mine = self.measure(vit, precision)
         found = on_first(lambda: mine)
-        numbers = "  ".join(f"{name} {value:.1f}" for name, value in found.items())
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
         logger.info("step %d/%d  %s", step, total, numbers)
-        if "knn" in found:
-            found |= self._judge(found["knn"], step)
+        found |= self._judge(found, step)
         self.seen.seconds += time.monotonic() - began
         return found
 
@@ -132,22 +137,51 @@ class Monitor:
         Raises:
             RunError: it was found on other images, or on other cuts of them.
         """
-        here = self.state_dict()
+        here, name = self.state_dict(), self._settings
         if state["shards"] != here["shards"]:
             raise RunError(
-                "cannot resume: the monitor looked at other images before, so its kNN would not compare; "
-                "restore the shards that it looks at (monitor.shards) or start in another folder"
+                f"cannot resume: the {name} looked at other images before, so its numbers would not compare; "
+                f"restore the shards that it looks at ({name}.shards) or start in another folder"
             )
         if state["view"] != here["view"]:
             raise RunError(
-                f"cannot resume: the monitor cut images by {state['view']} before and would by {here['view']} now, so "
-                "its kNN would not compare; restore the model's image size, mean and std or start in another folder"
+                f"cannot resume: the {name} cut images by {state['view']} before and would by {here['view']} now, so "
+                "its numbers would not compare; restore the model's image size, mean and std or start in another folder"
             )
         self.seen = Seen(**state["seen"])
 
-    def _judge(self, knn: float, step: int) -> dict[str, float]:
+
+class Monitor(Watcher):
+    """Watches what a backbone's features are worth; the best that is kept is that after the start with the best kNN."""
+
+    _settings = "monitor"
+
+    def __init__(
+        self, config: MonitorConfig, shards: ShardSet | Mixture, view: Center, on_best: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(config.every, shards, view, on_best)
+        # Of images with several labels none is a neighbour's to vote for.
+        self._labels = np.full(len(shards), -1) if shards.multilabel else shards.labels
+        self.chosen, self.labelled = choose(self._labels, config.images)
+        self.k = config.k
+        if not self.labelled:
+            none = "several labels for each image" if shards.multilabel else "no labels"
+            lack = "too few labels" if (self._labels >= 0).any() else none
+            logger.info("%s: only RankMe is watched, and no best step is kept", lack)
+            return
+        sizes = np.unique(self._labels[self.chosen], return_counts=True)[1]
+        usual = int(np.median(sizes[sizes > 1]))
+        if self.k >= usual:  # its own class could never outvote the others
+            logger.info(
+                "monitor.k: classes have %d images here, so %d neighbours vote, not %d", usual, usual - 1, self.k
+            )
+            self.k = usual - 1
+
+    def _judge(self, found: dict[str, float], step: int) -> dict[str, float]:
         """Compare with the floor and the best so far."""
-        seen, was_low = self.seen, self.seen.alarm
+        if "knn" not in found:
+            return {}
+        knn, seen, was_low = found["knn"], self.seen, self.seen.alarm
         seen.last = knn
         if step == 0:
             seen.floor = knn
@@ -172,13 +206,8 @@ class Monitor:
             DataError: one of the images cannot be read.
             TrainingError: the features are not finite.
         """
-        modes = [(module, module.training) for module in vit.modules()]
-        vit.eval()
-        try:
+        with evaluating(vit):
             features = self._extract(vit, precision)
-        finally:
-            for module, mode in modes:
-                module.training = mode
         if not features.cls.isfinite().all():
             raise TrainingError(
                 "the backbone's features are NaN or infinite; lower optim.lr or set loop.precision to fp32, "
@@ -205,13 +234,25 @@ class Monitor:
                 tokens = vit.features(batch["image"])
             cls.append(tokens.cls.float().cpu())
             mean.append(tokens.mean.float().cpu())
-        labels = torch.from_numpy(self._shards.labels[self.chosen]).long()
+        labels = torch.from_numpy(self._labels[self.chosen]).long()
         return Features(torch.cat(cls), torch.cat(mean), labels, self._shards.classes, self._shards.fingerprint)
 
     def _knn(self, features: Features) -> float:
         judge = KNN(k=(self.k,), leave_one_out=True)
         found = judge.predict(features, None, features.labels.unique(), judge.k)[0]
         return 100 * float((found == features.labels).double().mean())
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for the time being; then each part is again in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def choose(labels: np.ndarray, images: int) -> tuple[np.ndarray, bool]:
