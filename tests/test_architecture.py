@@ -49,6 +49,7 @@ DOORS = {
     "pyarrow": "data_shards",
     "jinja2": "explora.reporting",
     "matplotlib": "explora.reporting",
+    "sklearn": "explora.evaluation",
     "tensorboard": "explora.runs",
     "yaml": "explora.config",
     "fvcore": "explora.schedules",

@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression as Reference
-from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from explora import evaluation
 from explora.config import Config, load
 from explora.errors import ConfigError, DataError
-from explora.evaluation import KNN, Features, FewShot, Linear, LogisticRegression, features
+from explora.evaluation import KNN, Features, FewShot, LabelFraction, Linear, LogisticRegression, features, fractions
 from explora.evaluation.base import Evaluator, interval, paired
-from explora.evaluation.knn import _largest
-from explora.evaluation.linear import Head, order, predict
-from explora.evaluation.logreg import Problem
+from explora.evaluation.knn import largest
 
 
 def blobs(per_class: int, seed: int, classes: int = 4, blocks: int = 2, width: int = 6, noise: float = 1.0):
@@ -43,8 +40,9 @@ EVALUATORS = [
     KNN(k=(3, 5)),
     KNN(k=(3,), leave_one_out=True),
     FewShot(shots=3, draws=4),
+    LabelFraction(fraction=0.3, draws=2, grid=4),
 ]
-NAMES = ["linear", "logreg", "knn", "knn_loo", "fewshot_3"]
+NAMES = ["linear", "logreg", "knn", "knn_loo", "fewshot_3", "labels_30%"]
 
 
 @pytest.fixture(autouse=True)
@@ -76,116 +74,7 @@ def test_paired_interval_sees_only_the_images_that_differ():
         paired(a, a[:3])
 
 
-# Linear probe
-
-
-def plain_head(x, y, classes, start, lr, index):
-    head = nn.Linear(x.shape[1], classes)
-    with torch.no_grad():
-        head.weight.copy_(start.T)
-        head.bias.zero_()
-    optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(index))
-    for batch in index:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(head(x[batch]), y[batch]).backward()
-        optimizer.step()
-        schedule.step()
-    return head
-
-
-def test_batched_heads_equal_plain_sgd_per_head():
-    train, linear = blobs(12, 0), Linear(steps=40, batch_size=16, seed=5)
-    x = train.matrix(2, avgpool=True)
-    weight, bias = linear.fit(x, train.labels, 4, linear.rates)
-    generator = torch.Generator().manual_seed(5)
-    start = 0.01 * torch.randn(x.shape[1], 4, generator=generator)
-    index = list(order(len(x), 16, 40, generator))
-    assert weight.shape == (13, 18, 4)
-    for number, rate in enumerate(linear.rates):
-        head = plain_head(x, train.labels, 4, start, rate * 16 / 256, index)
-        torch.testing.assert_close(weight[number].T, head.weight.detach(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(bias[number], head.bias.detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_batches_run_across_epochs_and_miss_no_image():
-    index = torch.cat(list(order(10, 4, 5, torch.Generator().manual_seed(0))))
-    assert torch.bincount(index).tolist() == [2] * 10
-    assert sorted(index[:10].tolist()) == list(range(10))
-
-
-def test_heads_are_unique_and_follow_the_blocks_there_are():
-    assert len(set(Linear().heads(12))) == 52
-    assert {head.blocks for head in Linear().heads(2)} == {1, 2}
-    assert len(set(Linear().heads(1))) == 26
-
-
-def test_linear_selects_on_validation_and_refits_on_train_and_val(three):
-    train, val, test = three
-    linear, both = Linear(steps=80, batch_size=16), train.join(val)
-    (result,) = linear.evaluate(train, val, test)
-    accuracies = {}
-    for head in linear.heads(2):
-        alone = linear.fit(train.matrix(*head[:2]), train.labels, 4, [head.rate])
-        right = predict(*alone, val.matrix(*head[:2]))[0] == val.labels
-        accuracies[head] = 100 * right.double().mean().item()
-    selected = result.selected
-    chosen = Head(selected["blocks"], selected["avgpool"], selected["lr"])
-    assert selected["val_accuracy"] == max(accuracies.values()) == accuracies[chosen]
-    x = both.matrix(*chosen[:2])
-    generator = torch.Generator().manual_seed(0)
-    start = 0.01 * torch.randn(x.shape[1], 4, generator=generator)
-    index = list(order(len(x), 16, 80, generator))
-    refit = plain_head(x, both.labels, 4, start, chosen.rate * 16 / 256, index)
-    expected = refit(test.matrix(*chosen[:2])).argmax(1)
-    assert result.predictions.tolist() == expected.tolist()
-    assert result.value == pytest.approx(100 * (expected == test.labels).double().mean().item())
-
-
-# Logistic regression
-
-
-@pytest.mark.parametrize("c", [1e-3, 1.0, 100.0])
-def test_logistic_regression_agrees_with_scikit_learn(c):
-    train, test = blobs(15, 0, noise=2.0), blobs(10, 1, noise=2.0)
-    x, scales = train.matrix(2) + 3, torch.logspace(-1, 1, 12)
-    problem = Problem(x * scales, train.labels, 4)
-    fit = problem.solve(c, problem.solve(c / 10))
-    reference = Reference(C=c, tol=1e-10, max_iter=20_000).fit((x * scales).double(), train.labels)
-    np.testing.assert_allclose(fit.weight.T, reference.coef_, rtol=2e-3, atol=2e-4)
-    np.testing.assert_allclose(fit.bias - fit.bias.mean(), reference.intercept_, rtol=2e-3, atol=2e-3)
-    queries = (test.matrix(2) + 3) * scales
-    assert fit.predict(queries).tolist() == reference.predict(queries.double()).tolist()
-
-
-def test_logistic_regression_with_more_dimensions_than_images():
-    train = blobs(2, 0, classes=3, width=40)
-    fit = Problem(train.matrix(), train.labels, 3).solve(1.0)
-    reference = Reference(C=1.0, tol=1e-10, max_iter=5000).fit(train.matrix().double(), train.labels)
-    np.testing.assert_allclose(fit.weight.T, reference.coef_, rtol=1e-3, atol=1e-4)
-
-
-def test_logistic_regression_refits_on_train_and_val(three):
-    train, val, test = three
-    (result,) = LogisticRegression(grid=5, blocks=2, avgpool=True).evaluate(train, val, test)
-    both = train.join(val)
-    reference = Reference(C=result.selected["C"], tol=1e-8, max_iter=20_000)
-    reference.fit(both.matrix(2, True).double(), both.labels)
-    assert result.predictions.tolist() == reference.predict(test.matrix(2, True).double()).tolist()
-
-
 # Nearest neighbours
-
-
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("k", [1, 4, 11])
-def test_knn_agrees_with_scikit_learn(weighted, k):
-    bank, test = blobs(15, 0, noise=2.0), blobs(10, 1, noise=2.0)
-    weights = (lambda distance: np.exp((1 - distance) / 0.07)) if weighted else "uniform"
-    reference = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights)
-    reference.fit(bank.matrix(), bank.labels)
-    found = KNN(k=(k,), weighted=weighted).predict(bank, test, torch.arange(4), [k])[0]
-    assert found.tolist() == reference.predict(test.matrix()).tolist()
 
 
 def test_the_nearest_of_images_that_are_in_the_bank_are_themselves():
@@ -206,7 +95,7 @@ def test_knn_chooses_k_on_val_and_tests_with_both(three):
 
 
 def test_leave_one_out_equals_a_loop(three, monkeypatch):
-    monkeypatch.setattr("explora.evaluation.knn._PAIRS_AT_ONCE", 1000)  # several chunks
+    monkeypatch.setattr("explora.evaluation.knn.PAIRS_AT_ONCE", 1000)  # several chunks
     (result,) = KNN(k=(5,), leave_one_out=True).evaluate(*three)
     images = three[0].join(three[1]).join(three[2])
     x = nn.functional.normalize(images.matrix(), dim=1)
@@ -220,10 +109,14 @@ def test_leave_one_out_equals_a_loop(three, monkeypatch):
 
 
 def test_equal_neighbours_enter_in_order():
-    similarity = torch.tensor([[0.5, -0.5, 0.5, 1.0, -0.5, 0.5, -torch.inf]])
-    values, places = _largest(similarity, 6)
-    assert places.tolist() == [[3, 0, 2, 5, 1, 4]]
-    assert values.tolist() == [[1.0, 0.5, 0.5, 0.5, -0.5, -0.5]]
+    similarity = torch.tensor([[0.5, -0.5, 0.5, 1.0, -0.5, 0.5, -torch.inf], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]])
+    values, places = largest(similarity, 6)
+    assert places.tolist() == [[3, 0, 2, 5, 1, 4], [6, 5, 4, 3, 2, 1]]
+    assert values[0].tolist() == [1.0, 0.5, 0.5, 0.5, -0.5, -0.5]
+    crowded = torch.randint(-3, 3, (50, 40)) / 4  # every border falls between equals in most rows
+    for k in (1, 7, 39, 40):
+        expected = np.argsort(-crowded.numpy(), axis=1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(largest(crowded, k)[1], expected)
 
 
 def test_knn_refuses_impossible_k(three):
@@ -252,8 +145,54 @@ def test_few_shot_averages_fresh_fits_and_ignores_the_scale_of_features(three):
     scaled = [replace(part, cls=100 * part.cls) for part in three]
     (again,) = FewShot(shots=4, draws=3, C=2.0).evaluate(*scaled)
     np.testing.assert_allclose(again.scores, result.scores)
+    accuracies = [next(FewShot(shots=4, draws=1, C=2.0, seed=seed).evaluate(*three)) for seed in range(3)]
+    assert result.selected["std_over_draws"] == pytest.approx(np.std([one.value for one in accuracies], ddof=1))
+    assert accuracies[0].selected["std_over_draws"] is None
     with pytest.raises(DataError, match="fewer than the 99 shots"):
         list(FewShot(shots=99).evaluate(train, val, test))
+
+
+# A fraction of the labels
+
+
+def test_a_sweep_rises():
+    with pytest.raises(ConfigError, match="c_range_stop is below c_range_start"):
+        load(LogisticRegression, {"c_range_start": 2, "c_range_stop": 1})
+
+
+def test_a_fraction_is_the_mean_of_its_draws_and_chooses_without_the_test_images(three):
+    train, val, test = three
+    three_draws = LabelFraction(fraction=0.2, draws=3, grid=4)
+    (result,) = three_draws.evaluate(*three)
+    alone = [next(LabelFraction(fraction=0.2, draws=1, grid=4, seed=seed).evaluate(*three)) for seed in range(3)]
+    np.testing.assert_allclose(result.scores, np.mean([one.scores for one in alone], axis=0))
+    assert result.selected["std_over_draws"] == pytest.approx(np.std([one.value for one in alone], ddof=1))
+    assert result.selected["std_over_draws"] > 0
+    assert result.selected["C"] == [one.selected["C"][0] for one in alone]
+    (blind,) = three_draws.evaluate(train, val, replace(test, labels=test.labels.flip(0)))
+    assert {**blind.selected, "std_over_draws": 0} == {**result.selected, "std_over_draws": 0}
+
+
+def test_all_of_the_labels_are_logistic_regression():
+    three = blobs(20, 0, noise=2.5), blobs(20, 1, noise=2.5), blobs(20, 2, noise=2.5)
+    everything = LabelFraction(fraction=1, draws=3, grid=4, blocks=2, avgpool=True)
+    (result,), (logreg,) = (
+        one.evaluate(*three) for one in (everything, LogisticRegression(grid=4, blocks=2, avgpool=True))
+    )
+    np.testing.assert_array_equal(result.scores, logreg.scores)
+    assert result.selected["C"] == [logreg.selected["C"]]
+    assert (result.selected["draws"], result.selected["std_over_draws"]) == (1, None)
+    assert everything.fair_after_labels
+
+
+def test_a_fraction_is_stratified():
+    labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 3)[torch.randperm(73)]
+    drawn = fractions.stratified(labels, 0.1, 0, at_least=1)
+    assert labels[drawn].bincount().tolist() == [5, 2, 1]
+    assert torch.equal(drawn, drawn.unique())
+    assert labels[fractions.stratified(labels, 0.1, 0, at_least=0)].bincount().tolist() == [5, 2]
+    assert not torch.equal(drawn, fractions.stratified(labels, 0.1, 1, at_least=1))
+    assert torch.equal(fractions.stratified(labels, 1, 0, at_least=0), torch.arange(73))
 
 
 # Every evaluator
@@ -307,7 +246,12 @@ def test_features_that_do_not_vary_give_chance(three, evaluator):
 def test_labels_tell_settings_apart_and_say_who_may_be_judged():
     assert [evaluator.label for evaluator in EVALUATORS] == NAMES
     assert FewShot(shots=20).label == "fewshot_20"
-    assert [evaluator.fair_after_labels for evaluator in EVALUATORS] == [True, True, True, False, False]
+    assert [evaluator.fair_after_labels for evaluator in EVALUATORS] == [True, True, True, False, False, False]
+    assert [LabelFraction(fraction=share).label for share in (0.01, 0.005, 1)] == [
+        "labels_1%",
+        "labels_0.5%",
+        "labels_100%",
+    ]
 
 
 def test_every_evaluator_is_picked_by_name():

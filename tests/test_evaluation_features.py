@@ -68,6 +68,40 @@ def test_split_is_stratified_disjoint_and_seeded():
         features.split(labels, 1.0, seed=0)
 
 
+def several(count: int, seed: int) -> Features:
+    """Features of images with any number of four labels each."""
+    labels = torch.randint(2, (count, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return replace(noise(count // 4, seed), labels=labels)
+
+
+def test_several_labels_are_taken_and_joined_by_image():
+    some = several(12, 0)
+    assert some.multilabel
+    assert not noise(3, 0).multilabel
+    index = torch.tensor([5, 2])
+    assert torch.equal(some.take(index).labels, some.labels[index])
+    assert torch.equal(some.join(some.take(index)).labels, torch.cat([some.labels, some.labels[index]]))
+    with pytest.raises(DataError, match="one label each and images with several"):
+        some.join(noise(3, 0))
+
+
+def test_several_labels_are_shuffled_to_be_split():
+    labels = several(40, 0).labels
+    train, val = features.split(labels, 0.2, seed=0)
+    assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(40))
+    assert (len(val), val.tolist()) == (8, sorted(val.tolist()))
+    assert torch.equal(val, features.random_split(40, 0.2, seed=0)[1])
+    assert not torch.equal(val, features.split(labels, 0.2, seed=1)[1])
+    assert [len(part) for part in features.random_split(2, 0.9, seed=0)] == [1, 1]
+    assert [len(part) for part in features.random_split(9, 0.01, seed=0)] == [8, 1]
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        features.split(labels, 0.0, seed=0)
+    with pytest.raises(DataError, match="1 images cannot be split"):
+        features.split(labels[:1], 0.5, seed=0)
+    with pytest.raises(DataError, match="several labels each; use logreg_multi or knn_multi"):
+        features.few_shot(labels, 1, seed=0)
+
+
 def test_few_shot_draws_as_many_of_each_class():
     labels = torch.arange(3).repeat(7)
     index = features.few_shot(labels, 5, seed=0)
@@ -160,6 +194,17 @@ def test_extract_runs_in_eval_mode_and_is_cached_by_what_it_depends_on(extractio
     assert len(list(cache.iterdir())) == 8
 
 
+def test_several_labels_are_extracted_and_cached(extraction):
+    run, vit, shards, _ = extraction
+    shards.labels = several(8, 0).labels[:7]
+    first = run()
+    assert (first.multilabel, first.labels.dtype) == (True, torch.uint8)
+    assert torch.equal(first.labels, shards.labels)
+    again = run()
+    assert vit.calls == 3
+    assert torch.equal(again.labels, shards.labels)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "other file"])
 def test_damaged_cache_is_computed_again(extraction, damage):
     run, vit, _, cache = extraction
@@ -195,6 +240,20 @@ def test_extract_reads_packed_images_in_order(tmp_path):
             expected = vit.eval().features(batch["image"], blocks=4)
         torch.testing.assert_close(found.cls[number], expected.cls[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.mean[number], expected.mean[0], rtol=1e-4, atol=1e-4)
+
+
+def test_several_labels_come_from_packed_images(tmp_path):
+    labels = [(0, 2), (), (1,)]
+    samples = []
+    for number, own in enumerate(labels):
+        Image.new("RGB", (36, 36), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        samples.append(RawSample(path=tmp_path / f"{number}.png", label=own))
+    shards = pack(Listing(["a", "b", "c"], samples), tmp_path / "shards", name="several")
+    vit = build("vit_tiny_patch16_224", 32, {"patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 1})
+    settings = {"workers": 0, "device": torch.device("cpu"), "precision": "fp32", "weights_hash": "w"}
+    found = features.extract(vit, shards, Center(size=32), blocks=1, batch_size=2, cache_dir=tmp_path, **settings)
+    assert found.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]] == shards.targets.tolist()
+    assert (found.labels.dtype, found.classes) == (torch.uint8, ["a", "b", "c"])
 
 
 def test_unwritable_cache_is_refused_before_the_work(extraction, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,11 @@ def test_results_are_paired_by_label(tmp_path: Path, probing: Make, backbone: Pa
         right = [arrays[f"{model}__target__knn"] == arrays["target__labels"] for model in "ba"]
     row = found["b", "knn"]
     assert (row["difference"], row["difference_low"], row["difference_high"]) == paired(*right)
+    assert row["target_block_drift"][-1] == pytest.approx(row["target_cosine_drift"])
+    assert len(row["target_block_drift"]) == MODEL["options"]["depth"]
+    lines = list(csv.DictReader((tmp_path / "probe/results.csv").read_text().splitlines()))
+    assert [(line["name"], line["evaluator"]) for line in lines] == list(found)
+    assert [float(line["metric_value"]) for line in lines] == [row["value"] / 100 for row in rows]
 
 
 def test_equal_labels_are_refused(tmp_path: Path, probing: Make) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +16,7 @@ from explora.errors import ConfigError
 from explora.models import Loaded, build
 from explora.models.vit import Mixup
 from explora.objectives import Supervised, SupervisedConfig
+from explora.objectives.supervised import samples_f1
 from explora.schedules import Progress
 from explora.stages.finetune import FinetuneSection
 from explora.stages.finetune import build as build_finetune
@@ -23,11 +25,11 @@ TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 START = Progress(0, 10, 8, 80)
 
 
-def objective(method=None, classes: int = 5, options=None, **config) -> Supervised:
+def objective(method=None, classes: int = 5, options=None, multilabel: bool = False, **config) -> Supervised:
     torch.manual_seed(0)
     vit = build("vit_tiny_patch16_224", 32, {**TINY, **(options or {})})
     adapt(vit, method or LoRA(rank=2))
-    made = Supervised(load(SupervisedConfig, {"head_std": 0.1, **config}), vit, classes)
+    made = Supervised(load(SupervisedConfig, {"head_std": 0.1, **config}), vit, classes, multilabel=multilabel)
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
             if "lora" in name:
@@ -38,6 +40,11 @@ def objective(method=None, classes: int = 5, options=None, **config) -> Supervis
 def batch(images: int) -> dict[str, Tensor]:
     torch.manual_seed(1)
     return {"image": torch.randn(images, 3, 32, 32), "label": torch.randint(5, (images,))}
+
+
+def several(images: int) -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    return {"image": torch.randn(images, 3, 32, 32), "label": torch.randint(2, (images, 5), dtype=torch.uint8)}
 
 
 def split(whole: dict[str, Tensor], sizes: list[int]) -> list[dict[str, Tensor]]:
@@ -88,6 +95,18 @@ def test_accumulation_is_exact(sizes):
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
     assert summed == pytest.approx(totals, rel=1e-5)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_what_the_backbone_adds_is_learnt_and_logged(multilabel):
+    made, whole = objective(multilabel=multilabel), several(8) if multilabel else batch(8)
+    expected, plain = run(made, [whole])
+    made._extra = lambda: {"term": 3 * made.head.bias.sum() + 2}
+    gradients, totals = run(made, split(whole, [6, 2]))
+    assert totals.pop("term") == pytest.approx(2)
+    assert totals.pop("loss") == pytest.approx(plain.pop("loss") + 2, rel=1e-5)
+    assert totals == pytest.approx(plain, rel=1e-5)
+    torch.testing.assert_close(gradients["student.head.bias"], expected["student.head.bias"] + 3)
 
 
 @pytest.mark.parametrize("mix", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
@@ -150,6 +169,47 @@ def test_pairs_are_needed_to_mix():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         load(SupervisedConfig, wrong)
+
+
+# Several labels per image
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_several_labels_get_binary_cross_entropy(smoothing):
+    made, whole = objective(multilabel=True, label_smoothing=smoothing), several(6)
+    logits = made.head(made.backbone([whole["image"]])[0].patches_BND.mean(1)).detach().double()
+    expected = []
+    for value, present in zip(logits.flatten().tolist(), whole["label"].flatten().tolist(), strict=True):
+        odds = 1 / (1 + np.exp(-value))
+        target = {0: smoothing / 2, 1: 1 - smoothing / 2}[present]
+        expected.append(-target * np.log(odds) - (1 - target) * np.log(1 - odds))
+    gradients, totals = run(made, [whole])
+    assert totals["loss"] == totals["binary_cross_entropy"] == pytest.approx(np.mean(expected), rel=1e-5)
+    f1 = f1_score(whole["label"], logits > 0, average="samples", zero_division=1)
+    assert totals["train_samples_f1"] == pytest.approx(f1, rel=1e-6)
+    assert set(totals) == {"loss", "binary_cross_entropy", "train_samples_f1"}
+    assert gradients["student.head.weight"].any()
+
+
+def test_accumulation_of_several_labels_is_exact():
+    made, whole = objective(multilabel=True), several(8)
+    expected, totals = run(made, [whole])
+    gradients, summed = run(made, split(whole, [3, 4, 1]))
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+    assert summed == pytest.approx(totals, rel=1e-5)
+
+
+def test_samples_f1_knows_images_without_any_class():
+    labels = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 0, 0], [1, 1, 0]]).bool()
+    predicted = torch.tensor([[1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 1, 0]]).bool()
+    assert float(samples_f1(predicted, labels)) == pytest.approx((2 / 3 + 1 + 0 + 1) / 4)
+
+
+@pytest.mark.parametrize("mix", [{"mixup": 0.8}, {"cutmix": 1.0}])
+def test_several_labels_are_not_mixed(mix):
+    with pytest.raises(ConfigError, match="several labels; set objective"):
+        objective(multilabel=True, **mix)
 
 
 # The rates of the layers: ssl-recipes.md, section 1.5, ViT-L, 0.9 (its extra 0.2 on patch_embed is not ours)

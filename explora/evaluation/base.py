@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from explora.config import Config
 from explora.errors import DataError
 from explora.evaluation.features import Features
+
+DRAWS: Final = 2000
+"""Bootstrap samples behind every interval over images."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ class Evaluator(Config):
         return False
 
     @property
+    def several_labels(self) -> bool:
+        """Whether it is for images with any number of labels each, instead of one."""
+        return False
+
+    @property
     def fair_after_labels(self) -> bool:
         """Whether it can judge a backbone that has learnt the labels of `train` and `val`.
 
@@ -121,7 +131,7 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     return 100 * float((predictions == labels).double().mean())
 
 
-def interval(scores: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def interval(scores: np.ndarray, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval, in percent, of the mean of scores (n,) over images.
 
     Source: Efron 1979. It covers the choice of test images, not the seeds of any training.
@@ -131,6 +141,20 @@ def interval(scores: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[floa
     means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(draws)]
     low, high = 100 * np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """Mean of one number over k training seeds with its 95 % t interval, k - 1 degrees of freedom; None below two.
+
+    Source: Student 1908. It covers the luck of a seed on the same test images, and `interval` the choice of images
+    at one seed: neither holds the other, so the two are shown apart and never pooled.
+    """
+    if len(values) < 2:
+        return None
+    found = np.asarray(values, dtype=np.float64)
+    mean = float(found.mean())
+    half = float(stdtrit(len(found) - 1, 0.975) * found.std(ddof=1) / math.sqrt(len(found)))
+    return mean, mean - half, mean + half
 
 
 def paired(scores_a: np.ndarray, scores_b: np.ndarray) -> tuple[float, float, float]:
@@ -148,6 +172,8 @@ def paired(scores_a: np.ndarray, scores_b: np.ndarray) -> tuple[float, float, fl
 def _refuse_unusable(features: Features) -> None:
     if len(features) == 0:
         raise DataError("one of the training, validation and test sets is empty; give more labelled images")
+    if features.labels.ndim != 1:
+        raise DataError("these images have several labels each; judge them with logreg_multi or knn_multi")
     unlabelled = int((features.labels < 0).sum())
     if unlabelled:
         raise DataError(

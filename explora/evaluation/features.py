@@ -32,8 +32,9 @@ class Features:
     """What a frozen backbone says about N images.
 
     `cls` (N, n, D) float32: class tokens of the last n blocks after the final norm, the last block last;
-    `mean` (N, D) float32: mean patch token of the last block; `labels` (N,) int64, -1 without a label;
-    `classes`: class names, if known; `fingerprint`: which images these are, in which order.
+    `mean` (N, D) float32: mean patch token of the last block; `labels` (N,) int64, -1 without a label, or of images
+    with several labels each (N, C) uint8, 1 where a class is present; `classes`: class names, if known;
+    `fingerprint`: which images these are, in which order.
     """
 
     cls: Tensor
@@ -44,6 +45,11 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.labels.ndim == 2
 
     def matrix(self, blocks: int = 1, avgpool: bool = False) -> Tensor:
         """Input of a linear head, (N, (blocks [+ 1]) * D): class tokens of the last blocks, then the mean.
@@ -74,10 +80,12 @@ class Features:
         """These images, then the other's.
 
         Raises:
-            DataError: the two have different classes.
+            DataError: the two have different classes, or only one of them has several labels per image.
         """
         if self.classes != other.classes:
             raise DataError("cannot join two sets of features whose class names differ")
+        if self.labels.shape[1:] != other.labels.shape[1:]:
+            raise DataError("cannot join images with one label each and images with several; pack both the same way")
         return Features(
             cls=torch.cat([self.cls, other.cls]),
             mean=torch.cat([self.mean, other.mean]),
@@ -139,16 +147,18 @@ def extract(
 
 
 def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Stratified split of labels (N,): sorted indices to train on and to validate on (about `fraction`).
+    """Split of images by their labels: sorted indices to train on and to validate on (about `fraction`).
 
-    Every class keeps at least one image to train on, and gives at least one to validate on if it has two.
+    One label each (N,) is stratified: every class keeps at least one image to train on, and gives at least one to
+    validate on if it has two. Several labels each (N, C) are not: all images are shuffled, see `random_split`.
 
     Raises:
         ConfigError: `fraction` is not between 0 and 1.
-        DataError: an image has no label.
+        DataError: an image has no label, or there are fewer than 2 images with several.
     """
-    if not 0 < fraction < 1:
-        raise ConfigError(f"validation fraction {fraction}: expected a number between 0 and 1")
+    if labels.ndim == 2:
+        return random_split(len(labels), fraction, seed)
+    _refuse_fraction(fraction)
     train, val = [], []
     for members in _shuffled_classes(labels, seed):
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
@@ -157,12 +167,32 @@ def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(train).sort().values, torch.cat(val).sort().values
 
 
+def random_split(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split of `count` images whatever they show: sorted indices to train on and to validate on (about `fraction`).
+
+    Raises:
+        ConfigError: `fraction` is not between 0 and 1.
+        DataError: there are fewer than 2 images.
+    """
+    _refuse_fraction(fraction)
+    if count < 2:
+        raise DataError(f"{count} images cannot be split to train on some and validate on others; add images")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held = min(max(1, round(fraction * count)), count - 1)
+    return order[held:].sort().values, order[:held].sort().values
+
+
 def few_shot(labels: Tensor, shots: int, seed: int) -> Tensor:
     """Sorted indices of `shots` images of every class in labels (N,), drawn without replacement.
 
     Raises:
-        DataError: a class has fewer than `shots` images, or an image has no label.
+        DataError: a class has fewer than `shots` images, or an image has no label, or may have several.
     """
+    if labels.ndim == 2:
+        raise DataError(
+            "few-shot draws take so many images of each class, but these have several labels each; use logreg_multi "
+            "or knn_multi"
+        )
     drawn = []
     for members in _shuffled_classes(labels, seed):
         if len(members) < shots:
@@ -172,6 +202,11 @@ def few_shot(labels: Tensor, shots: int, seed: int) -> Tensor:
             )
         drawn.append(members[:shots])
     return torch.cat(drawn).sort().values
+
+
+def _refuse_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise ConfigError(f"validation fraction {fraction}: expected a number between 0 and 1")
 
 
 def _shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:
@@ -191,13 +226,14 @@ def _forward(
     device: torch.device,
     precision: Precision,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Class tokens (B, n, D), mean patch (B, D) and labels (B,) of each batch, on the CPU."""
+    """Class tokens (B, n, D), mean patch (B, D) and labels (B,) or (B, C) of each batch, on the CPU."""
     for raw in loader:
         batch = view.finish({key: value.to(device, non_blocking=True) for key, value in raw.items()})
         with autocast(device, precision):
             tokens = vit.features(batch["image"], blocks=blocks)
         assert tokens.cls.shape[1:] == (blocks, vit.width), f"class tokens of shape {tuple(tokens.cls.shape)}"
-        yield tokens.cls.float().cpu(), tokens.mean.float().cpu(), batch["label"].long().cpu()
+        labels = batch["label"].cpu()
+        yield tokens.cls.float().cpu(), tokens.mean.float().cpu(), labels if labels.ndim == 2 else labels.long()
 
 
 def _digest(*parts: bytes | np.ndarray) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from explora.errors import DataError
 from explora.evaluation.base import Evaluator, Result, encode, known_classes
 from explora.evaluation.features import Features, few_shot
+from explora.evaluation.fractions import spread
 from explora.evaluation.logreg import Fit, Problem
 
 
@@ -19,8 +20,9 @@ class FewShot(Evaluator):
     """Mean accuracy of classifiers on the class token, each fitted to another `shots` images per class.
 
     Images are drawn from train and val by seed and label alone, so all backbones see the same ones. The
-    interval covers the choice of test images, not of the draws. Few points are nearly always separable, and
-    from C = 10 on the classifier is close to the one of widest margin, whatever the number of shots.
+    interval covers the choice of test images, not of the draws, whose standard deviation is `std_over_draws` of
+    `selected`. Few points are nearly always separable, and from C = 10 on the classifier is close to the one of widest
+    margin, whatever the number of shots.
     """
 
     name: Literal["fewshot"] = "fewshot"
@@ -49,9 +51,12 @@ class FewShot(Evaluator):
         return self.held_out
 
     def evaluate(self, train: Features, val: Features, test: Features) -> Iterator[Result]:
+        if self.held_out:
+            train = val = test  # nobody looks at the others
         known = known_classes(train, val, test)
         pool = test if self.held_out else train.join(val)
         x_test, correct, judged = test.matrix(), np.zeros(len(test)), np.zeros(len(test))
+        accuracies: list[float] = []
         for draw in range(self.draws):
             drawn = few_shot(pool.labels, self.shots, self.seed * self.draws + draw)
             asked = np.ones(len(test), bool)
@@ -60,9 +65,10 @@ class FewShot(Evaluator):
             right = (known[self._fit(pool.take(drawn), known).predict(x_test)] == test.labels).numpy()
             correct += right & asked
             judged += asked
+            accuracies += [100 * float(right[asked].mean())] if asked.any() else []
         if not judged.any():
             raise DataError(f"{self.label}: all test images are drawn to learn from; lower shots below {self.shots}")
-        selected = {"shots": self.shots, "draws": self.draws, "C": self.C}
+        selected = {"shots": self.shots, "draws": self.draws, "C": self.C, "std_over_draws": spread(accuracies)}
         # an image that every draw took to learn from has no score of its own
         yield Result.over(self.label, correct[judged > 0] / judged[judged > 0], selected)
 

@@ -14,7 +14,7 @@ from explora.errors import DataError
 from explora.evaluation.base import Evaluator, Result, accuracy, encode, known_classes
 from explora.evaluation.features import Features
 
-_PAIRS_AT_ONCE = 2**24
+PAIRS_AT_ONCE = 2**24
 
 
 class KNN(Evaluator):
@@ -62,6 +62,8 @@ class KNN(Evaluator):
         return self.held_out or not self.leave_one_out
 
     def evaluate(self, train: Features, val: Features, test: Features) -> Iterator[Result]:
+        if self.held_out:
+            train = val = test  # nobody looks at the others
         known = known_classes(train, val, test)
         bank = train.join(val)
         if self.leave_one_out:
@@ -83,13 +85,13 @@ class KNN(Evaluator):
         keys = normalize(bank.matrix(), dim=1)
         wanted = keys if queries is None else normalize(queries.matrix(), dim=1)
         classes = encode(known, bank.labels)
-        size = max(1, _PAIRS_AT_ONCE // len(keys))
+        size = max(1, PAIRS_AT_ONCE // len(keys))
         found = []
         for first in range(0, len(wanted), size):
             similarity = wanted[first : first + size] @ keys.T
             if queries is None:
                 similarity.diagonal(first).fill_(-torch.inf)
-            values, nearest = _largest(similarity, max(k))
+            values, nearest = largest(similarity, max(k))
             # the largest exponent is 0, so a small temperature cannot overflow
             logits = (values - values[:, :1]) / self.temperature
             weights = logits.exp() if self.weighted else torch.ones_like(logits)
@@ -117,14 +119,16 @@ def _vote(weights: Tensor, labels: Tensor, classes: int, k: Sequence[int]) -> Te
     return torch.stack(votes).argmax(dim=-1)
 
 
-def _largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row of a float32 (M, N), and where; of equal ones the first.
+def largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row of (M, N), and where; of equal ones the first.
 
-    topk alone promises no order among equals, so it is asked about integers that are all different: the
-    bits of a float (flipped below zero, they sort like the float) above the column counted from the right.
+    topk promises no order among equals. It does settle which entries they are, but for rows where the last one is
+    equal to the next: those few are sorted whole.
     """
-    bits = similarity.contiguous().view(torch.int32).long()
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    columns = torch.arange(similarity.shape[1] - 1, -1, -1)
-    places = (ordered * 2**32 + columns).topk(k, dim=1).indices
-    return similarity.gather(1, places), places
+    values, places = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    unclear = torch.where(values[:, k - 1] == values[:, -1])[0] if values.shape[1] > k else values.new_empty(0).long()
+    values, places = values[:, :k], places[:, :k]
+    places[unclear] = similarity[unclear].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    places = places.sort(dim=1).values
+    values, best = similarity.gather(1, places).sort(dim=1, descending=True, stable=True)
+    return values, places.gather(1, best)

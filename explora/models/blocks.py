@@ -101,15 +101,15 @@ class PackedBlock(nn.Module, abc.ABC):
         assert self.reader is not None
         asked = self.reader(before_IQD, sum(group.images for group in layout.groups))
         seen = self.norm1(asked)
-        queries = _heads(self.attn, seen.flatten(0, 1), None)[:, 0].unflatten(0, seen.shape[:2])
-        heads = _heads(self.attn, self.norm1(x_TD), layout.rope_TK)
+        queries = split_heads(self.attn, seen.flatten(0, 1), None)[:, 0].unflatten(0, seen.shape[:2])
+        heads = split_heads(self.attn, self.norm1(x_TD), layout.rope_TK)
         found = asked + self._out(seen, _cross_attend(queries, heads[:, 1:], layout.groups))
         return found + self._transform(found, layout), heads
 
     def _attend(self, x_TD: Tensor, layout: Layout, heads_T3HK: Tensor | None = None) -> Tensor:
         """What attention adds."""
         seen = self.norm1(x_TD)
-        heads = _heads(self.attn, seen, layout.rope_TK) if heads_T3HK is None else heads_T3HK
+        heads = split_heads(self.attn, seen, layout.rope_TK) if heads_T3HK is None else heads_T3HK
         return self._out(seen, attend(heads, layout.groups))
 
     def _out(self, seen: Tensor, found: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class _Eva(PackedBlock):
 Branch = Callable[[Tensor, Layout], Tensor]
 
 
-def _heads(attn: Any, x_TD: Tensor, rope_TK: Tensor | None) -> Tensor:
+def split_heads(attn: Any, x_TD: Tensor, rope_TK: Tensor | None) -> Tensor:
     """Queries, keys and values of T tokens: (T, 3, H, K)."""
     qkv = attn.qkv(x_TD)
     if type(attn) is EvaAttention and attn.q_bias is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from explora.config import Config
+from explora.errors import ConfigError
 from explora.models import Tokens, ViT
 from explora.models.vit import Mixup
 from explora.objectives.base import Batch, Objective, StepOutput, shares
@@ -25,11 +26,11 @@ class SupervisedConfig(Config):
     pool: Literal["cls", "mean", "cls_mean"] = "mean"
     """Feature under the head: class token, mean of the patch tokens, or both side by side."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    """Share of each target that is spread evenly over all classes."""
+    """Share of each target that is spread evenly over all classes; with several labels over present and absent."""
     mixup: float = Field(0.0, ge=0)
-    """Alpha of mixup; 0 is off."""
+    """Alpha of mixup; 0 is off, as it must be with several labels per image."""
     cutmix: float = Field(0.0, ge=0)
-    """Alpha of CutMix; 0 is off."""
+    """Alpha of CutMix; 0 is off, as it must be with several labels per image."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Share of images that skip a residual branch."""
     head_std: float = Field(2e-5, gt=0)
@@ -37,10 +38,17 @@ class SupervisedConfig(Config):
 
 
 class Supervised(Objective):
-    """Cross-entropy on labels, with label smoothing, mixup and CutMix as timm has them.
+    """Cross-entropy on labels (B,), with label smoothing, mixup and CutMix as timm has them.
+
+    Several labels per image (B, classes), 0 or 1, get binary cross-entropy, its mean over images and classes; label
+    smoothing s makes 1 - s / 2 of a 1 and s / 2 of a 0, which is spreading it over a class's two outcomes.
 
     Args:
         extra: after each forward pass, by name, what the backbone adds to the loss of its images (scalars, their mean).
+        multilabel: images have any number of labels each; a fact of the data, not a choice.
+
+    Raises:
+        ConfigError: mixup or CutMix of several labels per image.
     """
 
     inputs = frozenset({"image", "label"})
@@ -53,9 +61,16 @@ class Supervised(Objective):
         backbone: ViT,
         classes: int,
         extra: Callable[[], dict[str, Tensor]] = dict,
+        *,
+        multilabel: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self._extra = config, extra
+        if multilabel and (config.mixup > 0 or config.cutmix > 0):
+            raise ConfigError(
+                "objective.mixup: mixup and CutMix mix two images of one class each, but these images have several "
+                "labels; set objective.mixup and objective.cutmix to 0"
+            )
+        self.config, self._extra, self.multilabel = config, extra, multilabel
         backbone.drop_path = config.drop_path
         width = backbone.width * (2 if config.pool == "cls_mean" else 1)
         self.student = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(width, classes)})
@@ -82,6 +97,7 @@ class Supervised(Objective):
 
         No image may be of a class that is left out. Source: De Min et al. 2023 (arXiv 2308.09610), masked logits.
         """
+        assert not self.multilabel, "classes of images with several labels do not exclude each other"
         self._among = torch.tensor(labels)
         self._places = torch.full((self.head.out_features,), -1)
         self._places[self._among] = torch.arange(len(labels))
@@ -92,6 +108,15 @@ class Supervised(Objective):
         return shares([len(batch["label"]) for batch in micro_batches], micro_batches[0]["label"].device)
 
     def forward(self, batch: Batch, target: float, progress: Progress) -> StepOutput:
+        own, scores = self._several(batch) if self.multilabel else self._one(batch)
+        losses = {name: term * target for name, term in (own | self._extra()).items()}
+        parts = {name: term.detach() for name, term in losses.items()}
+        return StepOutput(
+            torch.stack(list(losses.values())).sum(), parts | {name: term * target for name, term in scores.items()}
+        )
+
+    def _one(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss and score, by name, of images with one label each."""
         images, labels = batch["image"], batch["label"]
         if self._places is not None:
             labels = self._places[labels]
@@ -102,12 +127,15 @@ class Supervised(Objective):
         else:
             logits = self._logits(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        accuracy = (logits.argmax(-1) == labels).float().mean()
-        extra = {name: term * target for name, term in self._extra().items()}
-        parts = {"cross_entropy": loss.detach() * target, "train_accuracy": accuracy * target}
-        return StepOutput(
-            sum(extra.values(), start=loss * target), parts | {name: term.detach() for name, term in extra.items()}
-        )
+        return {"cross_entropy": loss}, {"train_accuracy": (logits.argmax(-1) == labels).float().mean()}
+
+    def _several(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss and score, by name, of images with any number of labels each."""
+        logits = self._logits(batch["image"])
+        labels = batch["label"].to(logits.dtype)
+        smoothing = self.config.label_smoothing
+        loss = F.binary_cross_entropy_with_logits(logits, labels * (1 - smoothing) + smoothing / 2)
+        return {"binary_cross_entropy": loss}, {"train_samples_f1": samples_f1(logits > 0, labels > 0)}
 
     def _logits(self, images: Tensor) -> Tensor:
         logits = classify(self.backbone([images])[0], self.head, self.config.pool)
@@ -131,3 +159,13 @@ def classify(tokens: Tokens, head: nn.Linear, pool: str) -> Tensor:
     features = {"cls": [tokens.cls_BD], "mean": [tokens.patches_BND.mean(1)]}
     features["cls_mean"] = features["cls"] + features["mean"]
     return head(torch.cat(features[pool], -1)).float()
+
+
+def samples_f1(predicted: Tensor, labels: Tensor) -> Tensor:
+    """Mean over images of the F1 of the classes predicted for each, bool (B, C) both; 1 where there are none at all.
+
+    Unlike micro or macro F1 it is a mean over images, so those of micro-batches and ranks add up.
+    """
+    both = (predicted & labels).sum(-1)
+    either = predicted.sum(-1) + labels.sum(-1)
+    return torch.where(either > 0, 2 * both / either.clamp(min=1), 1.0).mean()

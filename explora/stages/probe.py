@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from explora import config as configs
 from explora.config import Overrides
@@ -15,10 +16,12 @@ from explora.data import Center, ShardSet
 from explora.errors import DataError
 from explora.evaluation import Features
 from explora.reporting import results_table
+from explora.reporting.bench import Facts
 from explora.runs import Run
 from explora.stages.fitting import fit_views
-from explora.stages.probe_config import SETS, ProbeConfig
-from explora.stages.probe_rows import drift, rows_of, write
+from explora.stages.probe_config import SETS, ProbeConfig, ProbedModel
+from explora.stages.probe_pictures import pictures_of
+from explora.stages.probe_rows import drift, facts_of, moved, rows_of, write
 from explora.stages.probed import Judged, Probed
 from explora.stages.section import blueprint
 from explora.stages.sources import refuse_strange_sets
@@ -42,27 +45,69 @@ def judge(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
     config = configs.load(ProbeConfig, source, overrides)
     with Run.open(config.out, config) as run:
         sets = {name: ShardSet.open(path) for name in SETS if (path := getattr(config, name))}
-        for name, shards in sets.items():
-            if shards.classes is None:
-                raise DataError(f"{name}: {shards.folder} has no labels; a probe needs them")
+        _refuse_unfit(config, sets)
         views = _views(config, sets)
         judged: list[Judged] = []
-        drifts: dict[str, dict[str, float]] = {}
+        drifts: dict[str, dict[str, Any]] = {}
+        distances: dict[str, dict[str, Any]] = {}
+        facts: dict[tuple[str, str], Facts] = {}
+        weights: dict[str, Tensor] = {}
         pictures: dict[str, np.ndarray] = {}
         baseline: dict[str, Features] = {}
         for name, model in config.models.items():
             probed = Probed(config, run.folder, name, model, views[name])
             features = {key: probed.features(shards) for key, shards in sets.items() if key in config.needed()}
             baseline = baseline or features
-            judged += probed.judge(features)
-            if model.head is not None:
-                judged.append(probed.head(model.head, sets["test"]))
+            judged += _judged(probed, model, sets, features)
             drifts[name] = drift(name, baseline, features)
-            pictures |= probed.pictures(sets["test"], next(iter(pictures.values()), None))
-        rows = list(rows_of(judged, next(iter(config.models)), drifts))
-        write(run.folder, rows, judged, sets, pictures)
+            own = {key: tensor.cpu() for key, tensor in probed.vit.state_dict().items()}
+            weights = weights or own
+            if own is not weights:
+                distances[name] = moved(name, weights, own)
+            facts |= facts_of(probed, features, sets)
+            shown = (sets["test"], probed.view, features["test"], config.pictures, probed.device)
+            pictures |= pictures_of(name, probed.vit, *shown, pictures)
+        rows = list(rows_of(judged, next(iter(config.models)), drifts, sets, distances, config.seed))
+        write(run.folder, rows, judged, sets, pictures, facts)
         run.finish({"stage": "probe", "models": list(config.models), "results": len(rows)})
         return rows
+
+
+def _judged(
+    probed: Probed, model: ProbedModel, sets: Mapping[str, ShardSet], features: Mapping[str, Features]
+) -> Iterator[Judged]:
+    """All that judges one model."""
+    yield from probed.judge(features)
+    yield from probed.judge_crops(sets["train"], features)
+    if model.head is not None:
+        yield from probed.judge_head(model.head, sets["test"])
+    if "masks_test" in sets:
+        yield from probed.judge_masks(sets["masks_train"], sets["masks_test"])
+
+
+def _refuse_unfit(config: ProbeConfig, sets: Mapping[str, ShardSet]) -> None:
+    """Refuse sets that cannot be judged as the config says, before anything is extracted.
+
+    Raises:
+        DataError: a set has no labels or no masks, or the evaluators are for labels of another kind.
+    """
+    for name, shards in sets.items():
+        if name.startswith("masks_"):
+            if shards.masks is None:
+                raise DataError(f"{name}: {shards.folder} has no masks; pack it with --recipe segmentation")
+        elif shards.classes is None:
+            raise DataError(f"{name}: {shards.folder} has no labels; a probe needs them")
+    for data, (_, test, evaluators) in config.judges().items():
+        if test not in sets:
+            continue
+        several = sets[test].multilabel
+        unfit = [one.label for one in evaluators if one.several_labels != several]
+        if unfit or (several and data == "target" and config.linear_crops):
+            kind, fitting = ("several labels", "logreg_multi, knn_multi") if several else ("one label", "linear, knn")
+            raise DataError(
+                f"{test}: the images of {sets[test].folder} have {kind} each, which "
+                f"{', '.join(unfit) or 'linear_crops'} cannot judge by; use evaluators such as {fitting}"
+            )
 
 
 def _views(config: ProbeConfig, sets: Mapping[str, ShardSet]) -> dict[str, Center]:

@@ -7,7 +7,8 @@ from pydantic import Field, field_validator, model_validator
 from explora.config import Config
 from explora.data import Center
 from explora.distributed import Precision
-from explora.evaluation import KNN, AnyEvaluator, Linear, LogisticRegression
+from explora.evaluation import KNN, AnyEvaluator, Linear, LinearCrops, LogisticRegression
+from explora.evaluation.segmentation import LinearSegmentation
 from explora.models import ModelConfig
 
 
@@ -31,12 +32,16 @@ class ProbeSection(Config):
     """What judges the source domain."""
     control_evaluators: tuple[AnyEvaluator, ...] = (KNN(k=(5,), leave_one_out=True, held_out=True),)
     """What judges the control set, within itself."""
+    linear_crops: LinearCrops | None = None
+    """DINOv2's linear protocol with random crops beside the evaluators: each step is a pass of the backbone."""
+    segmentation: LinearSegmentation = LinearSegmentation()
+    """The probe of patch tokens, where there are masks."""
     val_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the training images on which settings are chosen; the test images never choose anything."""
     blocks: int = Field(4, ge=1)
     """Last blocks whose class tokens are kept."""
     pictures: int = Field(6, ge=0)
-    """Test images shown with the principal components of their patch features."""
+    """Test images shown with patch features and attention, beside a map of all of them; 0 leaves both out."""
     batch_size: int = Field(64, ge=1)
     """Images in one forward pass."""
     workers: int = Field(0, ge=0)
@@ -85,10 +90,14 @@ class ProbePlace(Config):
     """Labelled source shards to judge on."""
     control: str | None = None
     """Labelled shards of neither: what rises here as well is no adaptation to the target."""
+    masks_train: str | None = None
+    """Target shards with masks to fit the segmentation probe on."""
+    masks_test: str | None = None
+    """Target shards with masks to judge it on."""
 
     @model_validator(mode="after")
-    def _whole_source(self) -> ProbePlace:
-        check_source(self.source_train, self.source_test)
+    def _whole_pairs(self) -> ProbePlace:
+        check_pairs(self)
         return self
 
 
@@ -107,16 +116,22 @@ class ProbeConfig(ProbePlace, ProbeSection):
         """The sets whose features are looked at; nobody needs training images if all judge within the test images."""
         judges = self.judges().values()
         learning = {train for train, _, them in judges if not all(evaluator.within_test for evaluator in them)}
-        return {test for _, test, _ in judges} | learning
+        crops = {"train"} if self.linear_crops else set()
+        return {test for _, test, _ in judges} | learning | crops
 
 
-def check_source(train: str | None, test: str | None) -> None:
-    """Refuse half a source domain; pydantic and `explora.config` make the ValueError a ConfigError."""
-    if (train is None) != (test is None):
-        given, missing = ("source_train", "source_test") if test is None else ("source_test", "source_train")
-        raise ValueError(f"{given} is given, but not {missing}; the source domain needs both, or neither")
+def check_pairs(sets: Config) -> None:
+    """Refuse half a source domain, or half a segmentation; `explora.config` makes the ValueError a ConfigError."""
+    for what, one, other in (
+        ("the source domain", "source_train", "source_test"),
+        ("segmentation", "masks_train", "masks_test"),
+    ):
+        absent = [name for name in (one, other) if getattr(sets, name) is None]
+        if len(absent) == 1:
+            given = other if absent == [one] else one
+            raise ValueError(f"{given} is given, but not {absent[0]}; {what} needs both, or neither")
 
 
-JUDGES = {"target": "test", "source": "source_test", "control": "control"}
+JUDGES = {"target": "test", "source": "source_test", "control": "control", "segmentation": "masks_test"}
 """The sets that judge, by what rows call them."""
-SETS = ("train", "test", "source_train", "source_test", "control")
+SETS = ("train", "test", "source_train", "source_test", "control", "masks_train", "masks_test")

@@ -1,4 +1,4 @@
-"""One model under the probe: its features, what judges it, its own head, its pictures."""
+"""One model under the probe: its features, and all that judges it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import nn
 from tqdm import tqdm
 
-from explora.data import Center, Key, ShardSet, batches, crops
-from explora.distributed import autocast, device_of, precision_on
-from explora.errors import WeightsError
-from explora.evaluation import Features, Result, extract, split
-from explora.evaluation.pictures import pca_pictures
-from explora.models import fingerprint, load_model, read_tensors
-from explora.objectives.supervised import classify
+from explora.data import Center, ShardSet
+from explora.distributed import device_of, precision_on
+from explora.evaluation import Features, Result, extract, fit_crops, split
+from explora.evaluation.features import random_split
+from explora.evaluation.segmentation import extract_patches
+from explora.models import fingerprint, load_model
 from explora.stages.probe_config import ProbeConfig, ProbedModel
+from explora.stages.probe_crops import crop_features
+from explora.stages.probe_head import judge_head
 from explora.stages.training import seeded
 
 logger = logging.getLogger("explora")
@@ -48,6 +46,7 @@ class Probed:
         logger.info("%s: %s, %s", name, self.vit.name, account or "random weights")
         self.hash = fingerprint(self.vit.state_dict())
         self.device = device_of(config.device)
+        self.precision = precision_on(self.device, config.precision)
         self.cache = Path(config.cache) if config.cache else folder / "features"
         self.vit.to(self.device).eval()
 
@@ -61,7 +60,7 @@ class Probed:
                 batch_size=self.config.batch_size,
                 workers=self.config.workers,
                 device=self.device,
-                precision=precision_on(self.device, self.config.precision),
+                precision=self.precision,
                 cache_dir=self.cache,
                 weights_hash=self.hash,
                 progress=_bar_at(bar),
@@ -80,45 +79,71 @@ class Probed:
                     logger.info("%s, %s, %s: left out, it has learnt these labels", self.name, data, evaluator.label)
                     continue
                 for result in evaluator.evaluate(*parts):
-                    logger.info(
-                        "%s, %s, %s: %.1f %% [%.1f, %.1f]",
-                        *(self.name, data, result.evaluator, result.value, result.low, result.high),
-                    )
-                    yield Judged(self.name, data, result)
+                    yield self._told(data, result)
 
-    @torch.inference_mode()
-    def head(self, path: str, shards: ShardSet) -> Judged:
+    def judge_crops(self, shards: ShardSet, features: Mapping[str, Features]) -> Iterator[Judged]:
+        """The linear protocol with random crops on the target, where the config asks for it."""
+        settings = self.config.linear_crops
+        if settings is None:
+            return
+        fit, val = split(features["train"].labels, self.config.val_fraction, self.config.seed)
+        made = crop_features(
+            self.vit,
+            shards.taking(fit.numpy()),
+            self.view,
+            blocks=self.config.blocks,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            workers=self.config.workers,
+            device=self.device,
+            precision=self.precision,
+        )
+        watched = tqdm(made, total=settings.steps, unit="step", desc=f"{self.name}: random crops", disable=None)
+        yield self._told("target", fit_crops(settings, watched, features["train"].take(val), features["test"]))
+
+    def judge_head(self, path: str, shards: ShardSet) -> Iterator[Judged]:
         """The model's own head on the target's test images."""
-        tensors, metadata = read_tensors(path)
-        if metadata.get("classes") != shards.classes or metadata.get("pool") not in (
-            "cls",
-            "mean",
-            "cls_mean",
+        for result in judge_head(
+            self.vit,
+            path,
+            shards,
+            self.view,
+            batch_size=self.config.batch_size,
+            workers=self.config.workers,
+            device=self.device,
+            precision=self.precision,
         ):
-            raise WeightsError(f"{path}: is no head for the classes of {shards.folder}")
-        head = nn.Linear(tensors["weight"].shape[1], len(tensors["weight"]))
-        head.load_state_dict(tensors)
-        predictions = []
-        for raw in batches(shards, self.view, self.config.batch_size, self.config.workers):
-            batch = self.view.finish({name: value.to(self.device) for name, value in raw.items()})
-            with autocast(self.device, self.config.precision):
-                logits = classify(self.vit([batch["image"]])[0], head.to(self.device), metadata["pool"])
-            predictions.append(logits.argmax(-1).cpu())
-        found = torch.cat(predictions).numpy()
-        return Judged(self.name, "target", Result.over("head", found == shards.labels, {}, found))
+            yield self._told("target", result)
 
-    @torch.inference_mode()
-    def pictures(self, shards: ShardSet, like: np.ndarray | None) -> dict[str, np.ndarray]:
-        """The chosen test images (for the first model only) and their principal components."""
-        count = min(self.config.pictures, len(shards))
-        if count == 0:
-            return {}
-        chosen = np.linspace(0, len(shards) - 1, count).round().astype(int)
-        batch = crops(shards, self.view, [Key(0, 0, int(i)) for i in chosen])
-        images = self.view.finish({name: value.to(self.device) for name, value in batch.items()})["image"]
-        colours = pca_pictures(self.vit.features(images).patches.cpu(), like)
-        out = {f"{self.name}__pca": colours}
-        return out if like is not None else {**out, "images": self.view.pixels(images)}
+    def judge_masks(self, train: ShardSet, test: ShardSet) -> Iterator[Judged]:
+        """The linear segmentation probe."""
+        parts = []
+        for shards in (train, test):
+            with tqdm(total=len(shards), unit="img", desc=f"{self.name}: {shards.name}", disable=None) as bar:
+                parts.append(
+                    extract_patches(
+                        self.vit,
+                        shards,
+                        self.view,
+                        batch_size=self.config.batch_size,
+                        workers=self.config.workers,
+                        device=self.device,
+                        precision=self.precision,
+                        progress=_bar_at(bar),
+                    )
+                )
+        fit, val = random_split(len(train), self.config.val_fraction, self.config.seed)
+        segments = self.config.segmentation.evaluate(parts[0].take(fit), parts[0].take(val), parts[1], self.device)
+        for result in segments:
+            yield self._told("segmentation", result)
+
+    def _told(self, data: str, result: Result) -> Judged:
+        logger.info(
+            "%s, %s, %s: %.1f %% [%.1f, %.1f]",
+            *(self.name, data, result.evaluator, result.value, result.low, result.high),
+        )
+        return Judged(self.name, data, result)
 
 
 def _bar_at(bar: tqdm) -> Callable[[int], None]:

@@ -1,0 +1,69 @@
+"""What a fine-tuned model's own head says of test images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from explora.data import Center, ShardSet, batches
+from explora.distributed import Precision, autocast
+from explora.errors import WeightsError
+from explora.evaluation import Result
+from explora.evaluation.multilabel import scored
+from explora.models import ViT, read_tensors
+from explora.objectives.supervised import classify
+
+LABEL = "head"
+"""What its results are called."""
+
+
+def judge_head(
+    vit: ViT,
+    path: str,
+    shards: ShardSet,
+    view: Center,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    precision: Precision,
+) -> Iterator[Result]:
+    """Top-1 of the head in a head.safetensors on the test images; micro-mAP and LRAP where these have several labels.
+
+    Raises:
+        WeightsError: the file is no head for the classes of these images.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("classes") != shards.classes or metadata.get("pool") not in ("cls", "mean", "cls_mean"):
+        raise WeightsError(f"{path}: is no head for the classes of {shards.folder}")
+    head = nn.Linear(tensors["weight"].shape[1], len(tensors["weight"]))
+    head.load_state_dict(tensors)
+    logits = _logits(vit, head.to(device), metadata["pool"], shards, view, batch_size, workers, device, precision)
+    if shards.multilabel:
+        yield from scored(LABEL, logits.numpy(), shards.targets, shards.classes or [], {})
+        return
+    found = logits.argmax(-1).numpy()
+    yield Result.over(LABEL, found == shards.labels, {}, found)
+
+
+@torch.inference_mode()
+def _logits(
+    vit: ViT,
+    head: nn.Linear,
+    pool: str,
+    shards: ShardSet,
+    view: Center,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    precision: Precision,
+) -> Tensor:
+    """Logits (N, C) of all images, fp32, on the CPU."""
+    found = []
+    for raw in batches(shards, view, batch_size, workers):
+        batch = view.finish({name: value.to(device) for name, value in raw.items()})
+        with autocast(device, precision):
+            found.append(classify(vit([batch["image"]])[0], head, pool).float().cpu())
+    return torch.cat(found)
