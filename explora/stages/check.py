@@ -18,6 +18,7 @@ from explora.config import Overrides
 from explora.data import Center, ShardSet
 from explora.distributed import device_of, precision_on
 from explora.engine.optim import own_rates
+from explora.errors import ConfigError
 from explora.models import Loaded, ModelConfig, ViT
 from explora.objectives import MAEConfig, Objective
 from explora.objectives.decoder import Decoder
@@ -51,6 +52,11 @@ def check(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
 
 def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
     """The kind of config shows in its keys; a stage of its own has neither data nor models."""
+    if "entries" in raw:
+        raise ConfigError(
+            f"{configs.name_of(source)}: a config of explora compare, or a part of one; that command checks all "
+            "entries before it trains any"
+        )
     if "models" in raw:
         probing = configs.validate(ProbeConfig, raw, source)
         yield configs.dump(probing)
@@ -69,6 +75,7 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
             yield from _pretrain(chain.pretrain, model, copy.deepcopy(loaded))
         if chain.finetune is not None:
             yield from _finetune(chain.finetune, copy.deepcopy(loaded), chain.data.train)
+            needed |= _validation("finetune.", chain.finetune)
     elif "tasks" in raw:
         teaching = configs.validate(ContinualConfig, raw, source)
         model, needed = teaching.model, {"train": teaching.train, "test": teaching.test}
@@ -83,6 +90,7 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         labelled = local_set(tuning.train) if Path(tuning.train).exists() else None
         yield configs.dump(fitted(tuning, loaded.vit, None if labelled is None else labelled.pixels))
         yield from _finetune(tuning, copy.deepcopy(loaded), tuning.train)
+        needed |= _validation("", tuning)
     else:
         training = configs.validate(PretrainConfig, raw, source)
         model, loaded = training.model, _sketch(training.model)
@@ -112,8 +120,13 @@ def _pretrain(section: PretrainSection, model: ModelConfig, loaded: Loaded) -> I
 
 def _finetune(section: FinetuneSection, loaded: Loaded, labelled: str) -> Iterator[str]:
     flops = flops_per_image(loaded.vit, loaded.vit.image_size)
-    build = partial(finetune.build, classes=_classes(Path(labelled)))
+    several = (Path(labelled) / "manifest.json").is_file() and ShardSet.open(labelled).multilabel
+    build = partial(finetune.build, classes=_classes(Path(labelled)), multilabel=several)
     return _stage("finetune", section, rehearse(section, loaded, build), flops)
+
+
+def _validation(prefix: str, section: FinetuneSection) -> dict[str, str | None]:
+    return {f"{prefix}validation.shards": section.validation.shards} if section.validation else {}
 
 
 def _continual(config: ContinualConfig, loaded: Loaded, sets: Mapping[str, ShardSet]) -> Iterator[str]:

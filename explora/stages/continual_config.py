@@ -15,7 +15,7 @@ from explora.incremental.routers import AnyRouter, Keys
 from explora.incremental.tasks import TasksConfig
 from explora.objectives import SupervisedConfig
 from explora.schedules import Length, LengthField
-from explora.stages.finetune import FinetuneSection
+from explora.stages.finetune import LabelSection
 from explora.stages.section import TrainingPlace
 
 
@@ -34,7 +34,7 @@ class TaskOptim(OptimConfig):
     """Start and end of weight decay; above 0 it also pulls at rows of the head that learn nothing."""
 
 
-class ContinualConfig(TrainingPlace, FinetuneSection):
+class ContinualConfig(TrainingPlace, LabelSection):
     """Config of `explora continual`; a training setting is that of each task."""
 
     train: str

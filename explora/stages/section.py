@@ -92,7 +92,13 @@ class TrainingSection(Config):
         return self.batch_size // parts
 
     def stream(self, images: AnySet, seed: int) -> AnyStream:
-        """This rank's micro-batches of the run, in its order."""
+        """This rank's micro-batches of the run, in its order.
+
+        Raises:
+            ConfigError: classes are to be balanced, but the images are remote.
+        """
+        if isinstance(images, RemoteSet) and self.order.balance:
+            raise ConfigError("order.balance: remote images have no labels here to balance; set it to 0")
         make = (
             partial(Stream, images, order=self.order)
             if not isinstance(images, RemoteSet)

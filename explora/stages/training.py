@@ -15,7 +15,7 @@ import torch
 
 from explora import config as configs
 from explora.distributed import Parallel, choose, device_of, joined, local_size, of_all, on_first, precision_on, size
-from explora.engine import LoopConfig, Monitor, Optimizer, Outcome, Seen, Training
+from explora.engine import LoopConfig, Optimizer, Outcome, Seen, Training, Watcher
 from explora.errors import RunError
 from explora.models import Account, ViT, fingerprint
 from explora.models.additions import added
@@ -106,7 +106,7 @@ def train(
     result: Saved,
     images: AnySet,
     stage: str,
-    monitor: Monitor | None = None,
+    monitor: Watcher | None = None,
 ) -> dict[str, Any]:
     """Train to the end and export the result; returns the summary, which the caller writes last."""
     progress = progress_of(config, len(images))

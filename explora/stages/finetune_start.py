@@ -1,0 +1,87 @@
+"""A head that begins as the linear probe of the starting backbone, so that fine-tuning need not distort its features.
+
+Source: Kumar et al. 2022 (arXiv 2202.10054), LP-FT.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from explora.data import Center, ShardSet
+from explora.distributed import device_of, precision_on
+from explora.errors import ConfigError, DataError
+from explora.evaluation import Features, extract, split
+from explora.evaluation.logreg import Fit, Problem
+from explora.models import fingerprint
+from explora.objectives import Supervised
+from explora.stages.section import TrainingSection
+
+logger = logging.getLogger("explora")
+
+_PENALTIES = np.logspace(-4, 4, 9)
+"""Values of C, see `Problem`, from the strongest penalty on."""
+_JUDGES = 0.2
+_AT_ONCE = 64
+
+
+def start_as_probe(
+    section: TrainingSection, objective: Supervised, images: ShardSet, view: Center, folder: Path, seed: int
+) -> None:
+    """Give the head the weight and bias of logistic regression on features of the images that teach.
+
+    The features are those under the head as the backbone begins, of centre crops, kept in `folder`; the head's logits
+    are the probe's, because neither scales them. The penalty is chosen on a fifth of the images, then all are fitted.
+
+    Raises:
+        ConfigError: images have several labels each.
+        DataError: an image has no label or cannot be read, or no class has two images.
+        RunError: `folder` cannot be written.
+    """
+    if images.multilabel:
+        raise ConfigError("head_start: a probe here tells classes apart, but images have several labels; use random")
+    device, vit = device_of(section.loop.device), objective.backbone
+    features = extract(
+        vit,
+        images,
+        view,
+        blocks=1,
+        batch_size=_AT_ONCE,
+        workers=section.workers,
+        device=device,
+        precision=precision_on(device, section.loop.precision),
+        cache_dir=folder,
+        weights_hash=fingerprint(vit.state_dict()),
+    )
+    vit.to("cpu")  # where the whole may not fit, its parts come to the device one by one
+    fit = _fitted(pooled(features, objective.config.pool), features.labels, objective.head.out_features, seed)
+    with torch.no_grad():
+        objective.head.weight.copy_(fit.weight)
+        objective.head.bias.copy_(fit.bias)
+
+
+def pooled(features: Features, pool: str) -> Tensor:
+    """What stands under the head (N, D or 2 D): class token, mean of the patch tokens, or both."""
+    return features.mean if pool == "mean" else features.matrix(1, avgpool=pool == "cls_mean")
+
+
+def _fitted(x: Tensor, labels: Tensor, classes: int, seed: int) -> Fit:
+    """The fit of all images (N, D) at the penalty under which four fifths of them best predict the others."""
+    learn, judge = split(labels, _JUDGES, seed)
+    if not len(judge):
+        raise DataError("head_start: a probe's penalty is chosen on some images of a class; no class has two here")
+    problem, fit = Problem(x[learn], labels[learn], classes), None
+    path: list[tuple[float, float, Fit]] = []
+    for c in _PENALTIES.tolist():
+        fit = problem.solve(c, fit)
+        path.append((float((fit.predict(x[judge]) == labels[judge]).double().mean()), c, fit))
+    best, c, start = max(path, key=lambda one: one[0])
+    logger.info(
+        "head_start: the probe of the starting backbone, C %g, top-1 %.1f %% of %d images left out to choose it",
+        *(c, 100 * best, len(judge)),
+    )
+    return Problem(x, labels, classes).solve(c, start)
