@@ -128,17 +128,22 @@ def compare(
         typer.Argument(help="YAML configs that together are one, then overrides", metavar="CONFIG... KEY=VALUE"),
     ],
 ) -> None:
-    """Try many methods on one task, and see which gains what and forgets how much."""
+    """Try many methods on one task, and see which gains what and forgets how much; again goes on."""
     explora.compare([item for item in configs if "=" not in item], [item for item in configs if "=" in item])
 
 
 @app.command()
 def report(
-    folder: Annotated[str, typer.Argument(help="folder of a chain", metavar="RUN")],
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            help="folder of a chain, a continual run or a comparison; several chains: side by side", metavar="RUN..."
+        ),
+    ],
     out: Annotated[str | None, typer.Option(help="where to write the page; the run folder unless given")] = None,
 ) -> None:
-    """Write a chain's HTML report and print its table."""
-    explora.report(folder, out)
+    """Write the HTML report of a chain, a continual run or a comparison, and print its table."""
+    explora.report(folders, out)
 
 
 @app.command()

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
+import json
 import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from fake_run import CLASSES, MODELS, ROWS, Triple, make_run, result, write_json
+from fake_run import CLASSES, MODELS, ROWS, N, Triple, make_run, result, write_json
 
 from explora.errors import RunError
 from explora.reporting import results_table, table, write_report
 from explora.reporting.folder import read_chain
+from explora.reporting.map import aligned, centred, maps
 from explora.reporting.page import render
-from explora.reporting.rows import Row, gather
-from explora.reporting.words import duration, headline, points, verdict
+from explora.reporting.rows import Column, Row, gather
+from explora.reporting.trust import grouped, trust
+from explora.reporting.words import column_name, duration, headline, points, verdict
 
 
 class Page(HTMLParser):
@@ -61,6 +68,41 @@ class Page(HTMLParser):
         return [[" ".join(cell.split()) for cell in row] for rows in found for row in rows[1:]]
 
 
+KNN_KEPT = "−1.8 −3.4 to −0.2"
+"""What the adapted model of `fake_run` loses on the source by nearest neighbours."""
+
+
+def slim(run: Path) -> Path:
+    """Without training curves, which take most of the time of a page."""
+    for stage in ("pretrain", "finetune"):
+        (run / stage / "metrics.jsonl").unlink()
+    return run
+
+
+def with_sights(run: Path) -> Path:
+    """Give a made-up run attention and maps: each later map is the first one mirrored, turned and made smaller."""
+    rng = np.random.default_rng(2)
+    with np.load(run / "probe" / "pictures.npz") as arrays:
+        pictures = dict(arrays)
+    models = [name.removesuffix("__pca") for name in pictures if name.endswith("__pca")]
+    labels = np.repeat(np.arange(7), 30)
+    points = (rng.random((7, 2))[labels] + 0.1 * rng.random((210, 2))) / 1.1
+    turned = 0.5 + 0.5 * (points - 0.5) @ np.array([[0.6, 0.8], [0.8, -0.6]])
+    for place, model in enumerate(models):
+        pictures[f"{model}__attention"] = rng.integers(0, 255, (4, 14, 14), np.uint8)
+        pictures[f"{model}__map"] = (turned if place else points).astype(np.float32)
+    np.savez(run / "probe" / "pictures.npz", map__labels=labels, **pictures)
+    return run
+
+
+def controlled(value: float, difference: Triple) -> list[dict[str, Any]]:
+    """Rows on a control where the fine-tuned model alone may have moved."""
+    label = "knn_loo_test"
+    rows = [result(model, "source", label, 50.0, None) for model in ("baseline", "finetuned")]
+    rows[1] |= result("finetuned", "source", label, value, difference)
+    return [{**row, "data": "control"} for row in rows]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("chains") / "ucm-explora")
@@ -82,12 +124,14 @@ def page(text: str) -> Page:
 def test_headline_and_numbers(page: Page) -> None:
     assert page.text["h1"] == "Adaptation raised accuracy on ucmerced by 3.3 points."
     rows = page.table("Model", "Evaluator")
-    assert ["adapted", "linear probe", "86.2", "89.5", "+3.3", "+1.4 to +5.2", "gain"] in rows
-    assert ["adapted", "k-nearest neighbours", "80.5", "81.4", "+0.9", "−1.4 to +3.3", "not clear"] in rows
-    assert ["finetuned", "trained head", "–", "94.3", "–", "–", "no comparison"] in rows
-    assert ["adapted", "k-nearest neighbours", "68.0", "66.2", "−1.8", "−3.4 to −0.2", "loss"] in rows
-    assert ["finetuned", "5-shot linear probe", "61.5", "–", "–", "–", "left out"] in rows
-    assert ["adapted", "k-nearest neighbours, leave-one-out", "79.2", "82.1", "+2.9", "+1.1 to +4.7", "gain"] in rows
+    kept, lost = "−0.4 −1.9 to +1.1", "−8.1 −10.3 to −5.9"
+    loo = "k-nearest neighbours, leave-one-out"
+    assert ["adapted", "linear probe", "86.2", "89.5", "+3.3 +1.4 to +5.2", "gain", kept] in rows
+    assert ["adapted", "k-nearest neighbours", "80.5", "81.4", "+0.9 −1.4 to +3.3", "not clear", KNN_KEPT] in rows
+    assert ["finetuned", "trained head", "–", "94.3", "–", "no comparison", lost] in rows
+    assert ["adapted", "k-nearest neighbours", "68.0", "66.2", KNN_KEPT, "loss"] in rows
+    assert ["finetuned", "5-shot linear probe", "61.5", "–", "–", "left out", lost] in rows
+    assert ["adapted", loo, "79.2", "82.1", "+2.9 +1.1 to +4.7", "gain", kept] in rows
     moved = [["adapted", "0.108", "0.892", "0.030", "0.970"], ["finetuned", "0.273", "0.727", "0.109", "0.891"]]
     assert page.table("Model", "Drift, target") == moved
     assert page.text["p"].count("it has learnt the labels of the training images") == 1
@@ -103,7 +147,7 @@ def test_headline_and_numbers(page: Page) -> None:
 
 def test_page_stands_alone(page: Page, text: str) -> None:
     assert len(text.encode()) < 5e6
-    assert all(r.startswith(("data:image/", "#")) for r in page.resources)
+    assert all(r.startswith(("data:image/", "data:text/", "#")) for r in page.resources)
     assert not {"link", "iframe", "object", "embed", "base"} & set(page.tags)
     assert not re.search(r"url\((?!#)|@import", text)
 
@@ -184,7 +228,7 @@ def test_headline_does_not_pick_the_best_evaluator(run: Path) -> None:
 def test_any_names_of_models_do(tmp_path: Path) -> None:
     other = {"baseline": "vit-b", "adapted": "vit-b on aerial <images>", "finetuned": "x"}
     rows = [{**row, "model": other[row["model"]]} for row in ROWS]
-    run = make_run(tmp_path, rows=rows)
+    run = slim(make_run(tmp_path, rows=rows))
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert page.text["h1"] == "vit-b on aerial <images> raised accuracy on ucmerced by 3.3 points."
     assert page.table("Model", "Evaluator")[0][0] == "vit-b on aerial <images>"
@@ -213,6 +257,147 @@ def test_names_that_only_repeat_the_role_are_no_names(tmp_path: Path) -> None:
     assert read_chain(run).data_name("target") == "scenes"
 
 
+def test_no_gain_stands_without_what_it_cost(tmp_path: Path) -> None:
+    rows = [*ROWS, *controlled(54.0, (4.0, 1.0, 7.0))]
+    run = slim(make_run(tmp_path, rows=rows))
+    write_json(run / "shards/control/manifest.json", {"name": "streets", "samples": N})
+    text = write_report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    gains = {tuple(row[:2]): row[6:] for row in page.table("Model", "Evaluator") if len(row) == 8}
+    assert gains["adapted", "k-nearest neighbours"] == [KNN_KEPT, "–"]
+    assert gains["finetuned", "linear probe"] == ["−8.1 −10.3 to −5.9", "+4.0 +1.0 to +7.0"]
+    own = ["finetuned", "k-nearest neighbours within the test images", "50.0", "54.0", "+4.0 +1.0 to +7.0", "gain"]
+    assert own in page.table("Model", "Evaluator")
+    assert "Images of streets belong to neither domain" in text
+    assert "Fine-tuning raised it by 4.0 points here too" in text
+    shown = [" ".join(item.split()) for item in re.findall("<dt>(Change on .*?)</dt>", text)]
+    assert shown == ["Change on ucmerced", "Change on cifar10", "Change on streets"]
+    assert "by linear probe</dd>" in text
+    assert "No control was probed" not in text
+    assert "control" in table(run)
+
+
+def test_a_chain_without_pretraining_reads_well(tmp_path: Path) -> None:
+    rows = [row for row in ROWS if row["model"] != "adapted" and row["evaluator"] in ("linear", "head")]
+    run = slim(make_run(tmp_path, rows=rows))
+    (run / "pretrain" / "summary.json").unlink()
+    text = write_report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.text["h1"] == "Fine-tuning raised accuracy on ucmerced by 7.6 points."
+    assert "Fine-tuning forgot 8.1 points" in page.text["p"]
+    assert "No pretraining was part of this run." in page.text["li"]
+    assert "No kNN or RankMe" not in text
+    assert "The adapted model" not in text
+    assert page.table("Class")
+
+
+def test_other_metrics_are_not_called_accuracy(run: Path) -> None:
+    rows = [{**row, "metric": "micro_map", "evaluator": "logreg_multi"} for row in ROWS if row["evaluator"] == "linear"]
+    said = headline(replace(read_chain(run), rows=[Row.of(row) for row in rows]))
+    assert said[0] == "Adaptation raised micro mAP on ucmerced by 3.3 points."
+    assert said[1].startswith("Logistic regression, a label at a time, micro mAP: 86.2 % before")
+
+
+def test_names_of_evaluators() -> None:
+    known = {
+        "knn_loo_test": "k-nearest neighbours within the test images",
+        "fewshot_5_test": "5-shot linear probe within the test images",
+        "fewshot_20": "20-shot linear probe",
+        "labels_10%": "linear probe with 10 % of the labels",
+        "labels_0.5%": "linear probe with 0.5 % of the labels",
+        "linear_crops": "linear probe on random crops",
+        "attentive": "attentive",
+    }
+    assert {key: column_name(Column(key, "top1")) for key in known} == known
+
+
+def grouped_rows() -> list[dict[str, Any]]:
+    """Rows whose first evaluator is broken down by region and calibrated."""
+
+    def groups(shift: float) -> dict[str, Any]:
+        regions = [("Asia", 100, 60.0), ("<Africa>", 40, 50.0), ("Oceania", 5, 20.0)]
+        found = [
+            {"name": name, "n": n, "value": value + shift, "low": value + shift - 5, "high": value + shift + 5}
+            for name, n, value in regions
+        ]
+        return {"by": "region", "worst": found[1], "all": found, "note": "too few images, below 10: Oceania (5)"}
+
+    rows = [dict(row) for row in ROWS]
+    rows[0] |= {"groups": groups(0), "calibration": {"ece": 0.031}}
+    worst = {"difference": 3.0, "difference_low": -1.0, "difference_high": 7.0}
+    rows[1] |= {"weight_distance": 0.125, "block_distances": [0.0, 0.1, 0.2]}
+    rows[1] |= {"groups": {**groups(3), **worst}, "calibration": {"ece": 0.052, "ece_ts": 0.011, "temperature": 1.52}}
+    return rows
+
+
+def test_groups_and_calibration(run: Path) -> None:
+    chain = replace(read_chain(run), rows=[Row.of(row) for row in grouped_rows()])
+    found = grouped(chain)
+    assert found is not None
+    assert (found.by, found.column.evaluator, found.models) == ("region", "linear", ["baseline", "adapted"])
+    assert found.worst == ["<Africa>", "<Africa>"]
+    assert found.rows == [
+        ("Oceania", 5, [(20, 15, 25), (23, 18, 28)]),
+        ("<Africa>", 40, [(50, 45, 55), (53, 48, 58)]),
+        ("Asia", 100, [(60, 55, 65), (63, 58, 68)]),
+    ]
+    change = "+3.0 points, 95 % interval −1.0 to +7.0"
+    assert found.notes[0] == f"worst group of adapted against that of baseline, each its own: {change}"
+    assert found.notes[1] == "too few images, below 10: Oceania (5)"
+    assert dict(trust(chain))["Calibration"][1:] == [
+        "Linear probe: baseline 3.1; adapted 5.2, 1.1 after temperature scaling (T 1.52)"
+    ]
+    assert grouped(read_chain(run)) is None
+    assert "Calibration" not in dict(trust(read_chain(run)))
+
+
+def test_downloads_hold_all_results(run: Path, text: str) -> None:
+    table, lines = (
+        base64.b64decode(found).decode() for found in re.findall(r'href="data:text/\w+;base64,(.*?)" download', text)
+    )
+    rows = {(row.model, row.data, row.evaluator): row for row in read_chain(run).rows}
+    found = list(csv.DictReader(io.StringIO(table)))
+    assert len(found) == len(rows) == len(ROWS)
+    for row in found:
+        own = rows[row["model"], row["data"], row["evaluator"]]
+        assert (float(row["value"]), int(row["n"])) == (own.value, own.n)
+        assert row["difference"] == ("" if own.difference is None else str(own.difference))
+    assert [json.loads(line)["value"] for line in lines.splitlines()] == [row.value for row in rows.values()]
+
+
+def test_maps_lie_alike(tmp_path: Path) -> None:
+    run = with_sights(slim(make_run(tmp_path)))
+    chain = read_chain(run)
+    first, later = (centred(chain.pictures[f"{model}__map"].astype(float)) for model in MODELS[:2])
+    np.testing.assert_allclose(2 * aligned(later, first), first, atol=1e-6)
+    found = maps(chain)
+    assert found is not None
+    assert [model for model, _ in found.models] == list(MODELS)
+    assert [(number, name) for number, name, _ in found.key] == list(enumerate(CLASSES, start=1))
+    assert len({colour for _, _, colour in found.key}) == len(CLASSES)
+    dots = [re.findall(r"M(\d+) (\d+)h0", svg) for _, svg in found.models]
+    assert [len(each) for each in dots] == [N] * 3
+    places = np.array(dots, dtype=int)
+    assert np.abs(places[0] - places[1]).max() <= 2  # the same picture, once turned back
+    assert re.findall("<text .*?>(.*?)</text>", found.models[0][1]) == [str(number) for number in range(1, 8)]
+    text = write_report(run).read_text(encoding="utf-8")
+    Page(text)
+    assert text.count('<div class="sight attentive"') == 4
+    assert text.count("<img") == 4 * (1 + 3 + 3)
+    assert "No map of the test images" not in text
+
+
+def test_a_map_without_labels_has_no_numbers(tmp_path: Path) -> None:
+    run = with_sights(make_run(tmp_path))
+    chain = read_chain(run)
+    bare = replace(chain, pictures={key: value for key, value in chain.pictures.items() if key != "map__labels"})
+    found = maps(bare)
+    assert found is not None
+    assert found.key == []
+    assert all("<text" not in svg and svg.count("h0") == N for _, svg in found.models)
+    assert maps(replace(chain, pictures={})) is None
+
+
 def test_small_numbers_keep_their_sign() -> None:
     said = " ".join(map(points, (0.0, 0.04, -0.04, 1.25, -12.0, None)))
     assert said == "0.0 +0.04 −0.04 +1.2 −12.0 –"
@@ -235,7 +420,7 @@ def test_table_fits_a_terminal(run: Path) -> None:
     ("removed", "lines"),
     [
         (
-            "probe/pictures.npz probe/predictions.npz probe/classes.json finetune/summary.json",
+            "probe/pictures.npz probe/predictions.npz probe/classes.json finetune/summary.json pretrain/metrics.jsonl",
             ("No pictures of patch features", "No confusion matrix", "No fine-tuning was part"),
         ),
         (
@@ -243,7 +428,7 @@ def test_table_fits_a_terminal(run: Path) -> None:
             ("Nothing was measured yet", "No training curves"),
         ),
         (
-            "pretrain/summary.json finetune/summary.json environment.json config.yaml "
+            "pretrain/summary.json finetune/summary.json environment.json config.yaml pretrain/metrics.jsonl "
             "shards/test/manifest.json shards/train/manifest.json shards/source_test/manifest.json",
             ("its cost is not known", "No seed is recorded", "No manifest lies", "on the target data by"),
         ),
@@ -260,7 +445,8 @@ def test_missing_parts_are_said(tmp_path: Path, removed: str, lines: tuple[str, 
 
 
 def test_bare_and_old_rows(tmp_path: Path) -> None:
-    run = make_run(tmp_path, rows=[*ROWS[:2], result("adapted", "target", "linear", 50.0, (-40, -45, -35))])
+    bare = [*ROWS[:2], result("adapted", "target", "linear", 50.0, (-40, -45, -35))]
+    run = slim(make_run(tmp_path, rows=bare))
     write_json(run / "pretrain" / "summary.json", {"stage": "pretrain"})
     page = Page(write_report(run, tmp_path / "elsewhere" / "page.html").read_text(encoding="utf-8"))
     assert page.text["h1"] == "Adaptation lowered accuracy on ucmerced by 40.0 points."
@@ -275,7 +461,7 @@ def test_many_classes_and_other_evaluators(tmp_path: Path) -> None:
         for model in ("baseline", "adapted")
     ]
     rows.append({**rows[-1], "metric": "top5"})
-    run = make_run(tmp_path, rows=rows, classes=[f"class {i}" for i in range(105)])
+    run = slim(make_run(tmp_path, rows=rows, classes=[f"class {i}" for i in range(105)]))
     text = write_report(run).read_text(encoding="utf-8")
     assert len(text) < 2e6
     assert "attentive, top5" in text
@@ -309,13 +495,14 @@ def test_no_run(tmp_path: Path) -> None:
             door(tmp_path / "absent")
 
 
-def test_unwritable_place_leaves_nothing(run: Path, tmp_path: Path) -> None:
+def test_unwritable_place_leaves_nothing(tmp_path: Path) -> None:
+    run = slim(make_run(tmp_path / "run"))
     (tmp_path / "taken").mkdir()
     with pytest.raises(RunError, match="cannot write"):
         write_report(run, tmp_path / "taken")
     with pytest.raises(RunError, match="cannot write"):
         write_report(run, run / "config.yaml" / "report.html")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "taken"]
 
 
 def test_same_run_same_page(run: Path, text: str) -> None:

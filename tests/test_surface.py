@@ -12,21 +12,8 @@ import explora
 from explora import cli
 
 VERBS = [
-    *(
-        "check",
-        "compare",
-        "continual",
-        "demo",
-        "export",
-        "finetune",
-        "index",
-        "pack",
-        "pretrain",
-        "probe",
-        "report",
-        "run",
-    ),
-    *("stats", "verify"),
+    *("check", "compare", "continual", "demo", "export", "finetune", "index", "pack"),
+    *("pretrain", "probe", "report", "run", "stats", "verify"),
 ]
 LAUNCHED = ["cancel", "jobs", "launch"]
 """Verbs of the package `launch`, found through its entry points."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgb
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from explora.reporting import words
 from explora.reporting.folder import Chain
@@ -44,12 +46,17 @@ _FIRST_CURVES = ("loss", "dino", "ibot", "koleo", "lr")
 _MOST_CURVES, _MOST_POINTS, _FEW_POINTS = 12, 300, 30
 
 
+def style(place: int) -> dict[str, Any]:
+    """How the markers of the model or run at `place` look."""
+    return _STYLES[place % len(_STYLES)]
+
+
 def dots(chain: Chain, data: str) -> Markup:
     """All models by all evaluators on `data`: value and 95 % interval, in percent."""
     columns = chain.columns(data)
     found = [[row for model in chain.models if (row := chain.row(model, data, column))] for column in columns]
     models = [model for model in chain.models if any(row.model == model for rows in found for row in rows)]
-    styles = {model: _STYLES[chain.models.index(model) % len(_STYLES)] for model in models}
+    styles = {model: style(chain.models.index(model)) for model in models}
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -77,6 +84,28 @@ def _dot(axes: Axes, y: float, row: Row, style: dict[str, Any]) -> None:
     axes.plot([row.value], [y], linestyle="", markersize=4.6, **style)
     number = axes.text(1.02, y, words.percent(row.value), transform=axes.get_yaxis_transform(), va="center")
     number.set(fontsize=7.5, color=style["color"])
+
+
+def blocks(chain: Chain) -> Markup | None:
+    """How far the weights of each block moved from the first model's, a line a model; None where nobody looked."""
+    found = {row.model: row.block_distances for row in chain.rows if row.block_distances and row.model != chain.first}
+    if not found:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for model, distances in found.items():
+            look = {**style(chain.models.index(model)), "linewidth": 1.1, "markersize": 4, "clip_on": False}
+            axes.plot(range(len(distances)), distances, label=_short(model), **look)
+        axes.yaxis.grid(True)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("block")
+        axes.set_ylim(bottom=0)
+        figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2)
+
+    return svg("blocks", (4.6, 2.1), draw)
 
 
 def curves(metrics: Sequence[dict[str, Any]], without: Collection[str] = ()) -> list[tuple[str, Markup]]:
@@ -219,9 +248,9 @@ def progress(lines: Sequence[Line], level: float | None) -> Markup:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for line in lines:
-            style = _STYLES[line.look % len(_STYLES)] | ({"markerfacecolor": PAPER} if line.dotted else {})
+            look = style(line.look) | ({"markerfacecolor": PAPER} if line.dotted else {})
             dashes = (0, (1, 1.5)) if line.dotted else "-"
-            axes.plot(range(most), line.values, label=line.label, linestyle=dashes, linewidth=1.1, **style)
+            axes.plot(range(most), line.values, label=line.label, linestyle=dashes, linewidth=1.1, **look)
         if level is not None:
             axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (5, 3)), label="joint")
         axes.yaxis.grid(True)
@@ -246,6 +275,11 @@ def picture(pixels: np.ndarray, form: str) -> str:
         pil_kwargs={"quality": 82} if form == "jpeg" else {},
     )
     return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """A uint8 (h, w) map as uint8 (h, w, 3), dark to bright; these colours do not follow the page."""
+    return colormaps["magma"](values, bytes=True)[..., :3]
 
 
 def at_most(pixels: np.ndarray, side: int) -> np.ndarray:

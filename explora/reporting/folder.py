@@ -15,7 +15,8 @@ from explora.errors import RunError
 from explora.reporting.rows import Results, Row, gather
 
 STAGES = ("pretrain", "finetune")
-ROLES = ("pretrain", "train", "test", "source_train", "source_test")
+ROLES = ("pretrain", "train", "test", "source_train", "source_test", "control")
+_NAMED_BY = {"target": ("test", "train"), "source": ("source_test",), "control": ("control",)}
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,8 @@ class Chain(Results):
     """What judges although it has taught."""
 
     def data_name(self, data: str) -> str:
-        """What the shards of `target` or `source` call themselves; `the target data` where that says nothing."""
-        roles = ("test", "train") if data == "target" else ("source_test",)
-        names = [str(self.shards[role].get("name", role)) for role in roles if role in self.shards]
+        """What the shards of `target`, `source` or `control` call themselves; `the target data` where that is empty."""
+        names = [str(self.shards[role].get("name", role)) for role in _NAMED_BY.get(data, ()) if role in self.shards]
         return next((name for name in names if name not in ROLES), f"the {data} data")
 
 

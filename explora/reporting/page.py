@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from explora.reporting import figures, words
 from explora.reporting.classes import confusion
 from explora.reporting.folder import Chain, read_chain
 from explora.reporting.health import KEYS, health
+from explora.reporting.map import maps
 from explora.reporting.pages import rendered, save_page
-from explora.reporting.rows import Column, Row
-from explora.reporting.trust import trust
+from explora.reporting.rows import DATA, Column, Row, as_csv
+from explora.reporting.trust import grouped, trust
 
 _MOST_PICTURES = 8
+_UNBROKEN = "\N{NON-BREAKING HYPHEN}"
+
+
+class Comparison(NamedTuple):
+    """A model and the first one by one evaluator; no `row` where it was left out; the model on other data `beside`."""
+
+    model: str
+    column: Column
+    row: Row | None
+    baseline: Row | None
+    verdict: str
+    beside: dict[str, Row | None]
+
+
+class Picture(NamedTuple):
+    """An image and what each model makes of it, as data addresses."""
+
+    image: str
+    features: list[str]
+    attention: list[str]
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -42,15 +67,20 @@ def render(chain: Chain) -> str:
         title=(chain.path.resolve().name or "run"),
         headline=words.headline(chain),
         strip=list(_strip(chain)),
-        comparisons={data: list(_comparisons(chain, data)) for data in ("target", "source")},
+        comparisons={data: list(_comparisons(chain, data)) for data in DATA},
+        beside=[data for data in DATA[1:] if chain.on(data)],
         moved=_moved(chain),
-        plots={data: figures.dots(chain, data) for data in ("target", "source") if chain.on(data)},
+        weighed=figures.blocks(chain),
+        plots={data: figures.dots(chain, data) for data in DATA if chain.on(data)},
         healths=[found for stage in chain.stages if (found := health(stage))],
         curves=[(stage, figures.curves(stage.metrics, without=KEYS)) for stage in chain.stages],
         confusion=classes,
         pictures=list(_pictures(chain)),
         picture_models=_picture_models(chain),
+        maps=maps(chain),
+        groups=grouped(chain),
         trust=list(trust(chain)),
+        downloads=_downloads(chain),
         configs=list(_configs(chain)),
         missing=list(_missing(chain, classes is not None)),
     )
@@ -58,38 +88,40 @@ def render(chain: Chain) -> str:
 
 def _strip(chain: Chain) -> Iterator[tuple[str, str, str, str]]:
     """The figures under the headline: (label, figure, small print, verdict or nothing)."""
-    for data in ("target", "source"):
+    for data in DATA:
         found = words.subject(chain, data)
         if found and found[1] and words.verdict(found[0]) != "unknown":
             row, label = found[0], f"Change on {chain.data_name(data)}"
-            yield label, words.points(row.difference), f"points, {words.interval(row)}", words.verdict(row)
+            small = f"points ({words.interval(row)}) by {words.column_name(row.column)}".replace("-", _UNBROKEN)
+            yield label, words.points(row.difference), small, words.verdict(row) if data != "control" else ""
     for stage in chain.stages[:1]:
         get = stage.summary.get
         part = words.share(get("trained_parameters"), get("total_parameters"))
-        yield "Trained", part, f"{words.count(get('trained_parameters'))} parameters", ""
-        pace = f"{words.rate(get('images_per_second'))} images a second"
-        yield f"{words.name(stage.name)} time", words.duration(get("seconds")), pace, ""
+        seconds = words.duration(get("seconds")).replace(" ", "\N{NO-BREAK SPACE}")
+        yield "Trained", part, f"{words.count(get('trained_parameters'))} parameters, in {seconds}", ""
 
 
-def _comparisons(chain: Chain, data: str) -> Iterator[tuple[str, Column, Row | None, Row | None, str]]:
-    """Every model but the first, by evaluator: its row (None: left out), the first model's, the verdict in words."""
-    said = {"gain": "gain", "loss": "loss", "unclear": "not clear", "unknown": "no comparison"}
+def _comparisons(chain: Chain, data: str) -> Iterator[Comparison]:
+    """Every model but the first, by evaluator."""
+    others = [other for other in DATA[1:] if data == "target" and chain.on(other)]
     for column in chain.columns(data):
         first = chain.row(chain.first, data, column)
         for model in chain.models[1:]:
             row = chain.row(model, data, column)
+            beside = {other: chain.beside(model, other, column) for other in others}
             if row:
-                yield model, column, row, first, said[words.verdict(row)]
+                yield Comparison(model, column, row, first, words.VERDICTS[words.verdict(row)], beside)
             elif column in chain.left_out(model, data):
-                yield model, column, None, first, "left out"
+                yield Comparison(model, column, None, first, "left out", beside)
 
 
 def _moved(chain: Chain) -> list[tuple[str, list[float | None]]]:
-    """For each model but the first: cosine drift and CKA on the target, then on the source, where measured."""
+    """For each model but the first: cosine drift and CKA on the target, then on the source, and of its weights."""
     found: list[tuple[str, list[float | None]]] = []
     for model in chain.models[1:]:
         rows = [next((row for row in chain.on(data) if row.model == model), None) for data in ("target", "source")]
         numbers = [number for row in rows for number in ((row.cosine_drift, row.cka) if row else (None, None))]
+        numbers.append(next((row.weight_distance for row in rows if row), None))
         if any(number is not None for number in numbers):
             found.append((model, numbers))
     return found
@@ -101,13 +133,28 @@ def _picture_models(chain: Chain) -> list[str]:
     return found if "images" in chain.pictures else []
 
 
-def _pictures(chain: Chain) -> Iterator[list[str]]:
-    """For each image: its address, then that of each model's patch features."""
-    models = _picture_models(chain)
-    for place in range(min(_MOST_PICTURES, len(chain.pictures["images"])) if models else 0):
-        photograph = figures.picture(figures.at_most(chain.pictures["images"][place], 256), "jpeg")
-        features = [figures.picture(chain.pictures[f"{model}__pca"][place], "png") for model in models]
-        yield [photograph, *features]
+def _pictures(chain: Chain) -> Iterator[Picture]:
+    """The first images, with each model's patch features, and its attention where all models have one."""
+    models, arrays = _picture_models(chain), chain.pictures
+    looked = models if all(f"{model}__attention" in arrays for model in models) else []
+    for place in range(min(_MOST_PICTURES, len(arrays["images"])) if models else 0):
+        image = figures.picture(figures.at_most(arrays["images"][place], 256), "jpeg")
+        features = [figures.picture(arrays[f"{model}__pca"][place], "png") for model in models]
+        attention = [figures.picture(figures.heat(arrays[f"{model}__attention"][place]), "png") for model in looked]
+        yield Picture(image, features, attention)
+
+
+def _downloads(chain: Chain) -> list[tuple[str, str, str]]:
+    """All results as files inside the page: (name of the file, what it is, address)."""
+    if not chain.rows:
+        return []
+    lines = "".join(json.dumps(asdict(row)) + "\n" for row in chain.rows)
+    table = ("results.csv", "CSV", _address("text/csv", as_csv(chain.rows)))
+    return [table, ("results.jsonl", "JSON Lines", _address("text/plain", lines))]
+
+
+def _address(kind: str, text: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(text.encode()).decode()}"
 
 
 def _configs(chain: Chain) -> Iterator[tuple[str, str]]:
@@ -122,16 +169,22 @@ def _missing(chain: Chain, confusion: bool) -> Iterator[str]:
     """What this run does not have, so that nobody looks for it."""
     if not chain.rows:
         yield "The run was not probed: there is no probe/results.jsonl."
-    if not any(stage.name == "finetune" for stage in chain.stages):
-        yield "No fine-tuning was part of this run."
+    stages = [stage.name for stage in chain.stages]
+    for stage_name, what in (("pretrain", "pretraining"), ("finetune", "fine-tuning")):
+        if stage_name not in stages:
+            yield f"No {what} was part of this run."
     if chain.rows and not chain.on("source"):
         yield "No source data was probed."
+    if chain.rows and not chain.on("control"):
+        yield "No control was probed: images of neither domain, where a rise would be no adaptation to the target."
     if not any(stage.metrics for stage in chain.stages):
         yield "No training curves: no metrics were logged."
     if not confusion:
         yield "No confusion matrix: the probe left no predictions of an adapted model."
     if not _picture_models(chain):
         yield "No pictures of patch features: the probe left none."
+    if not any(name.endswith("__map") for name in chain.pictures):
+        yield "No map of the test images: the probe left none."
     for stage in chain.stages:
         if stage.name == "pretrain" and not any("rankme" in row for row in stage.metrics):
             yield "No kNN or RankMe of pretraining: the run was not watched."

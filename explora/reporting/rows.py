@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
+
+DATA = ("target", "source", "control")
+"""What rows are about, in reading order."""
+
+
+_NO_NUMBERS = ("selected", "block_distances", "groups", "calibration")
 
 
 class Column(NamedTuple):
@@ -32,6 +40,14 @@ class Row:
     difference_high: float | None = None
     cosine_drift: float | None = None
     cka: float | None = None
+    weight_distance: float | None = None
+    """Relative Frobenius distance of the backbone's weights from the first model's."""
+    block_distances: Sequence[float] | None = None
+    """The same block by block, of the blocks that both have."""
+    groups: Mapping[str, Any] | None = None
+    """By what images are grouped, the worst group and all of them, each with its name, n, value, low and high."""
+    calibration: Mapping[str, float] | None = None
+    """How far stated probabilities are from true ones, in [0, 1], before and after temperature scaling."""
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Row:
@@ -67,7 +83,7 @@ class Results:
         return self.models[0] if self.models else ""
 
     def on(self, data: str) -> list[Row]:
-        """The rows measured on `target` or `source`."""
+        """The rows measured on `target`, `source` or `control`."""
         return [row for row in self.rows if row.data == data]
 
     def columns(self, data: str) -> list[Column]:
@@ -77,6 +93,11 @@ class Results:
     def row(self, model: str, data: str, column: Column) -> Row | None:
         """The row of a model, or None where it was not measured."""
         return next((row for row in self.on(data) if row.model == model and row.column == column), None)
+
+    def beside(self, model: str, data: str, column: Column) -> Row | None:
+        """What `model` shows on other data, to stand beside `column`: the same evaluator, else the first one there."""
+        columns = self.columns(data)
+        return self.row(model, data, column if column in columns else columns[0]) if columns else None
 
     def left_out(self, model: str, data: str) -> list[Column]:
         """What the probe measured for the first model, but not for this one, as it had learnt the labels."""
@@ -88,14 +109,24 @@ class Results:
         return [column for column in absent if self.row(self.first, data, column)]
 
 
+def as_csv(rows: Iterable[Row]) -> str:
+    """Rows as the page's table shows them, with all digits; percent and points, empty where nothing was measured."""
+    shown = [field.name for field in fields(Row) if field.name not in _NO_NUMBERS]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(shown)
+    writer.writerows([getattr(row, name) for name in shown] for row in rows)
+    return buffer.getvalue()
+
+
 def gather(rows: Iterable[Row]) -> Results:
     """Rows by (data, column, model); a row written again replaces the one before."""
     latest = {(row.model, row.data, row.column): row for row in rows}
     models = list(dict.fromkeys(row.model for row in latest.values()))
     columns = list(dict.fromkeys(row.column for row in latest.values()))
-    places = {"target": 0, "source": 1}
+    places = {data: place for place, data in enumerate(DATA)}
     order = sorted(
         latest.values(),
-        key=lambda r: (places.get(r.data, 2), r.data, columns.index(r.column), models.index(r.model)),
+        key=lambda r: (places.get(r.data, len(places)), r.data, columns.index(r.column), models.index(r.model)),
     )
     return Results(order, models)

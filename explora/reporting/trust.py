@@ -2,16 +2,76 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from explora.bands import RGB
 from explora.config import read
 from explora.reporting import words
 from explora.reporting.folder import Chain
+from explora.reporting.rows import Column
 
 _NAMED = 20
 """Unreadable images that the page names; summary.json has more."""
+_MOST_GROUPS = 30
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Accuracy by group of the target's test images: (group, images, (value, low, high) or None a model).
+
+    `notes` say what became of each model's worst group, and which groups were too small to be called the worst.
+    """
+
+    by: str
+    column: Column
+    models: list[str]
+    worst: list[str]
+    rows: list[tuple[str, int, list[tuple[float, float, float] | None]]]
+    left: int
+    notes: list[str]
+
+
+def grouped(chain: Chain) -> Groups | None:
+    """The first evaluator that was broken down, smallest value of the last model first; None where none was."""
+    rows = [row for row in chain.on("target") if row.groups and row.groups.get("all")]
+    if not rows:
+        return None
+    column = rows[0].column
+    found = {row.model: row.groups for row in rows if row.column == column and row.groups}
+    each = {model: {entry["name"]: entry for entry in groups["all"]} for model, groups in found.items()}
+    last = list(each.values())[-1]
+    order = sorted(last, key=lambda name: (_or_last(last[name]["value"]), name))
+    shown = [(name, int(last[name]["n"]), [_span(own.get(name)) for own in each.values()]) for name in order]
+    return Groups(
+        by=str(next(iter(found.values())).get("by") or "group"),
+        column=column,
+        models=list(found),
+        worst=[str((groups.get("worst") or {}).get("name", "")) for groups in found.values()],
+        rows=shown[:_MOST_GROUPS],
+        left=max(0, len(shown) - _MOST_GROUPS),
+        notes=[*_worst(found), *filter(None, [next(iter(found.values())).get("note")])],
+    )
+
+
+def _worst(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """How the worst group of each model compares with the first model's own worst."""
+    first = next(iter(found))
+    for model, groups in found.items():
+        if groups.get("difference") is not None:
+            low, high = words.points(groups["difference_low"]), words.points(groups["difference_high"])
+            change = f"{words.points(groups['difference'])} points, 95 % interval {low} to {high}"
+            yield f"worst group of {model} against that of {first}, each its own: {change}"
+
+
+def _or_last(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.inf
+
+
+def _span(entry: Mapping[str, Any] | None) -> tuple[float, float, float] | None:
+    return (entry["value"], entry["low"], entry["high"]) if entry else None
 
 
 def trust(chain: Chain) -> Iterator[tuple[str, list[str]]]:
@@ -20,10 +80,13 @@ def trust(chain: Chain) -> Iterator[tuple[str, list[str]]]:
     if target:
         images = " and ".join(dict.fromkeys(words.images(row) for row in target))
         paired = "Differences are paired: both models answer the same images."
-        seed = "They do not cover the luck of a training seed; a repeated run with another seed does."
+        seed = "They do not cover the luck of a training seed; runs with other seeds do, in one report side by side."
         yield "Intervals", [f"95 %, over {images} of {chain.data_name('target')}. {paired}", seed]
         chosen = "Settings were chosen on validation images, never on the test images."
         yield "Selection", [chosen, *_selected(chain)]
+    if calibrated := list(_calibrated(chain)):
+        said = "Mean gap between stated confidence and accuracy (expected calibration error), in points."
+        yield "Calibration", [said, *calibrated]
     yield "Seeds", seeds or ["No seed is recorded in the config."]
     shards = [_shards(key, manifest) for key, manifest in chain.shards.items()]
     yield "Data", shards or ["No manifest lies in this run."]
@@ -37,6 +100,21 @@ def trust(chain: Chain) -> Iterator[tuple[str, list[str]]]:
     unreadable = list(_unreadable(chain))
     if unreadable:
         yield "Unreadable images", unreadable
+
+
+def _calibrated(chain: Chain) -> Iterator[str]:
+    """One line an evaluator: each model's error, and what is left of it after temperature scaling."""
+    for column in chain.columns("target"):
+        said = []
+        for row in (row for row in chain.on("target") if row.column == column):
+            found = row.calibration or {}
+            if found.get("ece") is None:
+                continue
+            scaled, heat = found.get("ece_ts"), found.get("temperature")
+            after = "" if scaled is None else f", {words.percent(100 * scaled)} after temperature scaling"
+            said.append(f"{row.model} {words.percent(100 * found['ece'])}{after}{f' (T {heat:.2f})' if heat else ''}")
+        if said:
+            yield f"{words.sentence(words.column_name(column))}: {'; '.join(said)}"
 
 
 def _shards(key: str, manifest: Mapping[str, Any]) -> str:
@@ -87,8 +165,13 @@ def _selected(chain: Chain) -> Iterator[str]:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    plain = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
-    return ", ".join(f"{key} {value}" for key, value in plain.items())
+    return ", ".join(f"{key} {_plain(value)}" for key, value in values.items() if value is not None)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " / ".join(dict.fromkeys(map(_plain, value)))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _seeds(chain: Chain) -> list[str]:

@@ -13,11 +13,19 @@ Verdict = Literal["gain", "loss", "unclear", "unknown"]
 
 NAMES = {
     "linear": "linear probe",
+    "linear_crops": "linear probe on random crops",
     "logreg": "logistic regression",
+    "logreg_multi": "logistic regression, a label at a time",
     "knn": "k-nearest neighbours",
+    "knn_multi": "k-nearest neighbours, a label at a time",
     "knn_loo": "k-nearest neighbours, leave-one-out",
+    "knn_loo_test": "k-nearest neighbours within the test images",
     "head": "trained head",
+    "segmentation": "linear segmentation probe",
     "top1": "top-1",
+    "micro_map": "micro mAP",
+    "macro_map": "macro mAP",
+    "miou": "mean IoU",
     "pretrain": "Pretraining",
     "finetune": "Fine-tuning",
     "adapted": "Adaptation",
@@ -25,14 +33,28 @@ NAMES = {
 }
 
 
+_NUMBERED = {
+    r"^fewshot_(\d+)$": r"\1-shot linear probe",
+    r"^fewshot_(\d+)_test$": r"\1-shot linear probe within the test images",
+    r"^labels_([\d.]+)%$": r"linear probe with \1 % of the labels",
+}
+
+
 def name(key: str) -> str:
     """How the page calls an evaluator, metric, stage or the step that made a model."""
-    return NAMES.get(key, re.sub(r"^fewshot_(\d+)$", r"\1-shot linear probe", key))
+    for pattern, said in _NUMBERED.items():
+        key = re.sub(pattern, said, key)
+    return NAMES.get(key, key)
 
 
 def column_name(column: Column) -> str:
     """An evaluator, with its metric unless that is plain accuracy."""
     return name(column.evaluator) + ("" if column.metric == "top1" else f", {name(column.metric)}")
+
+
+def measure(row: Row) -> str:
+    """What a row's metric measures, for sentences."""
+    return "accuracy" if row.metric == "top1" else name(row.metric)
 
 
 def percent(value: float | None) -> str:
@@ -105,6 +127,10 @@ def verdict(row: Row) -> Verdict:
     return "gain" if low > 0 else "loss" if high < 0 else "unclear"
 
 
+VERDICTS = {"gain": "gain", "loss": "loss", "unclear": "not clear", "unknown": "no comparison"}
+"""How tables write a verdict."""
+
+
 def interval(row: Row) -> str:
     """The interval of the paired difference; a dash without one."""
     if row.difference_low is None or row.difference_high is None:
@@ -144,9 +170,9 @@ def headline(chain: Chain) -> tuple[str, str]:
     change = f"{sentence(column_name(row.column))}: {_change(baseline, row)}"
     match verdict(row):
         case "gain":
-            first = f"{what} raised accuracy on {where} by {size(row)} points."
+            first = f"{what} raised {measure(row)} on {where} by {size(row)} points."
         case "loss":
-            first = f"{what} lowered accuracy on {where} by {size(row)} points."
+            first = f"{what} lowered {measure(row)} on {where} by {size(row)} points."
         case "unclear":
             first = f"{what} made no clear difference on {where}."
             change += f", a difference of {points(row.difference)} points"
@@ -203,6 +229,26 @@ def _kept(row: Row, baseline: Row | None, where: str) -> str:
     worst = percent(-(row.difference_low or 0))
     bound = f" A loss of up to {worst} points is not ruled out." if (row.difference_low or 0) < 0 else ""
     return f"{what} shows no clear forgetting: {change} {measured}.{bound}"
+
+
+def controlled(chain: Chain) -> str:
+    """Whether the control moved as well, model by model; empty without one."""
+    found = subject(chain, "control")
+    if found is None:
+        return ""
+    column, said = found[0].column, []
+    for row in (row for row in chain.on("control") if row.model != chain.first and row.column == column):
+        change = f"{points(row.difference)} points, 95 % interval {interval(row)}"
+        match verdict(row):
+            case "gain":
+                said.append(f"{name(row.model)} raised it by {size(row)} points here too ({change}).")
+            case "loss":
+                said.append(f"{name(row.model)} lowered it by {size(row)} points here ({change}).")
+            case "unclear":
+                said.append(f"{name(row.model)} made no clear difference here ({change}).")
+            case "unknown":
+                said.append(f"{name(row.model)}: {percent(row.value)} %, without a paired baseline to compare with.")
+    return f"By {column_name(column)}: {' '.join(said)}"
 
 
 def cost(stage: Stage) -> str:

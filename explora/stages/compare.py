@@ -2,102 +2,201 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from explora.config import Overrides
-from explora.errors import ExploraError, Locked, Preempted, RunError
+from explora import config as configs
+from explora.config import Config, Overrides
+from explora.distributed.place import place
+from explora.errors import ConfigError, ExploraError, Locked, Preempted, RunError
+from explora.reporting import write_leaderboard
 from explora.runs import Run, write_atomically
-from explora.stages.compare_config import chains, load
-from explora.stages.pipeline import DataConfig, RunConfig, pack_all, run
+from explora.stages.compare_config import CompareConfig, chains, load
+from explora.stages.pipeline import RunConfig, pack_all, rehearse_chain, run
 from explora.stages.training import logger
 
 _PATIENCE = 5
-"""Seconds between two looks at whether another process has packed."""
+"""Seconds between two looks at whether another process still packs or writes the page."""
+Planned = Sequence[tuple[str, RunConfig]]
 
 
-def compare(sources: Sequence[str | Path] | Mapping[str, Any], overrides: Overrides = None) -> Path:
-    """Train and judge every entry with every seed, leaving out what is done; the results are kept as they come.
+def compare(sources: str | Path | Sequence[str | Path] | Mapping[str, Any], overrides: Overrides = None) -> Path:
+    """Train and judge every entry with every seed, leaving out what is done; the page is written anew after each.
 
-    Several processes may work on one comparison: each takes a chain that no other is at. An entry that fails does
-    not keep the others from being tried.
+    Several processes may work on one comparison with one config: each takes a chain that no other is at, and ends when
+    all that is left is at others. An entry that fails does not keep the others from being tried.
 
     Args:
         sources: one or more YAML files that together are one config, or a mapping.
 
     Returns:
-        The folder of the comparison.
+        The folder of the comparison: compare.html, compare.md, results.jsonl, results.csv, a folder for each entry.
 
     Raises:
         ExploraError: any mistake in the config or the data, before anything is trained.
-        RunError: entries failed, or are being trained by another process; names them.
+        RunError: folders hold runs of other settings, before anything is trained; or entries failed: names them.
     """
+    if place() is not None:
+        raise RunError(
+            "explora compare trains each entry in one process; start it without torchrun or srun ranks, and several "
+            "times to share the work"
+        )
     config = load(sources, overrides)
-    planned = list(chains(config))
-    out = Path(config.out)
-    _pack(out / "shards", config.data)
-    failed: list[str] = []
-    for place, (name, chain) in enumerate(planned, start=1):
-        where = f"{name}, seed {chain.seed}"
-        try:
-            if not _finished(chain):
-                logger.info("compare: %s (%d of %d)", where, place, len(planned))
-                run(chain.model_dump(mode="json", exclude_unset=True))
-        except Preempted:
-            raise
-        except Locked:
-            logger.info("compare: %s is being trained by another process", where)
-            failed.append(f"{where}: being trained by another process")
-        except ExploraError as error:
-            logger.error("compare: %s failed: %s", where, error)
-            failed.append(f"{where}: {error}")
-        _collect(out, planned)
+    planned = chains(config)
+    shards = Path(config.out) / "shards"
+    _refuse_changed(planned)
+    with _alone(shards, config.data):
+        pack_all(shards, config.data)
+    _rehearse(planned[: len(planned) // len(config.seeds)])
+    _collect(config, planned, {})
+    failed = _train(config, planned)
     if failed:
-        raise RunError("\n  ".join([f"{out}: {len(failed)} of {len(planned)} runs have no result:", *failed]))
-    return out
+        told = [f"{called}: {error}" for called, error in failed.items()]
+        raise RunError("\n  ".join([f"{config.out}: {len(failed)} of {len(planned)} runs have no result:", *told]))
+    return Path(config.out)
 
 
-def _pack(folder: Path, data: DataConfig) -> None:
-    """Pack what all entries share, or wait until another process has."""
-    while True:
-        try:
-            with Run.open(folder, data):
-                return pack_all(folder, data)
-        except Locked as error:
-            logger.info("compare: waiting: %s", error)
-            time.sleep(_PATIENCE)
+def _train(config: CompareConfig, planned: Planned) -> dict[str, str]:
+    """Run what has no result yet, and collect after each; returns what failed, and why."""
+    failed: dict[str, str] = {}
+    left = [(name, chain) for name, chain in planned if not _is_finished(chain)]
+    while left:
+        at_others = []
+        for number, (name, chain) in enumerate(left, start=1):
+            if _is_finished(chain):  # by another process, meanwhile
+                continue
+            called = _called(name, chain)
+            try:
+                logger.info("compare: %s (%d of %d to do, %d in all)", called, number, len(left), len(planned))
+                run(chain.model_dump(mode="json", exclude_unset=True))
+            except Locked:
+                at_others.append((name, chain))
+                continue
+            except Preempted:
+                raise
+            except ExploraError as error:
+                failed[called] = str(error)
+                logger.error("compare: %s failed: %s", called, error)
+            _collect(config, planned, failed)
+        if len(at_others) == len(left):
+            logger.info("compare: other processes are at %s", ", ".join(_called(*each) for each in at_others))
+            break
+        # Once more: who was at these may have only looked, or have been stopped.
+        left = at_others
+    return failed
 
 
-def _finished(chain: RunConfig) -> bool:
-    """Whether nothing of a chain is left to do.
+def _called(name: str, chain: RunConfig) -> str:
+    """How log, page and errors call one run."""
+    return f"{name}, seed {chain.seed}"
+
+
+def _is_finished(chain: RunConfig) -> bool:
+    """Whether a run has a result."""
+    return all((Path(chain.out) / name).exists() for name in ("summary.json", "probe/results.jsonl"))
+
+
+@contextmanager
+def _alone(folder: Path, config: Config) -> Iterator[None]:
+    """Open a run folder as soon as no other process is at it."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(Run.open(folder, config))
+                break
+            except Locked as error:
+                logger.info("compare: waiting: %s", error)
+                time.sleep(_PATIENCE)
+        yield
+
+
+def _refuse_changed(planned: Planned) -> None:
+    """Refuse a config that is no longer that of the runs which are there.
 
     Raises:
-        RunError: its folder holds a run of other settings.
-        Locked: another process is at it.
+        RunError: names all such folders, and what differs.
     """
-    if not Path(chain.out).exists():
-        return False
-    with Run.open(chain.out, chain) as opened:
-        return opened.summary is not None
+    changed = []
+    for _, chain in planned:
+        if (Path(chain.out) / "config.yaml").exists():
+            try:
+                with Run.open(chain.out, chain):
+                    pass
+            except Locked:
+                continue  # who is at it has looked
+            except RunError as error:
+                changed.append(str(error))
+    if changed:
+        advice = "changed settings need an entry of another name, or another out; to train anew, delete the folder"
+        raise RunError("\n".join([*changed, advice]))
 
 
-def _collect(out: Path, planned: list[tuple[str, RunConfig]]) -> None:
-    """Write the rows of all finished chains, with what was trained for them, as one table."""
-    rows = []
+def _rehearse(planned: Planned) -> None:
+    """Meet the mistakes of all entries before the first of them costs anything.
+
+    Raises:
+        ConfigError: names the entries with what is wrong in each.
+    """
+    wrong: dict[str, list[str]] = {}
     for name, chain in planned:
-        folder = Path(chain.out)
-        if not (folder / "summary.json").exists():
-            continue
-        trained = {}
-        for stage, model in (("pretrain", "adapted"), ("finetune", "finetuned")):
-            path = folder / stage / "summary.json"
-            if path.exists():
-                trained[model] = json.loads(path.read_text())
-        for line in (folder / "probe" / "results.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            costs = {key: trained.get(row["model"], {}).get(key) for key in ("method", "trained_parameters", "seconds")}
-            rows.append({"entry": name, "seed": chain.seed, **row, **costs})
-    write_atomically(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        try:
+            rehearse_chain(chain, Path(chain.out) / "shards")
+        except ExploraError as error:
+            wrong.setdefault(str(error), []).append(name)
+    if wrong:
+        raise ConfigError("\n".join(f"{', '.join(names)}: {error}" for error, names in wrong.items()))
+
+
+def _collect(config: CompareConfig, planned: Planned, failed: Mapping[str, str]) -> None:
+    """Write what there is so far: the rows of finished runs, what is planned and what failed, the page."""
+    out = Path(config.out)
+    with _alone(out / "shards", config.data):  # one process at a time, so that the last word holds all results
+        done = [(name, chain) for name, chain in planned if _is_finished(chain)]
+        rows = [row for name, chain in done for row in _rows(name, chain)]
+        state = out / "comparison.json"
+        failures = {**(json.loads(state.read_text())["failures"] if state.exists() else {}), **failed}
+        open_ones = {_called(*each) for each in planned if each not in done}
+        leaks = [_summary(chain, "")["leaks"] for _, chain in done]
+        write_atomically(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(out / "results.csv", _csv(rows))
+        told = {
+            "entries": list(dict.fromkeys(name for name, _ in planned)),
+            "seeds": list(config.seeds),
+            "failures": {called: error for called, error in failures.items() if called in open_ones},
+            "leaks": list(dict.fromkeys(leak for found in leaks for leak in found)),
+            "config": configs.dump(config),
+        }
+        write_atomically(state, json.dumps(told, indent=1) + "\n")
+        write_leaderboard(out)
+
+
+def _rows(name: str, chain: RunConfig) -> Iterator[dict[str, Any]]:
+    """The rows of a finished run, with what was trained for each model."""
+    trained = {"adapted": _summary(chain, "pretrain"), "finetuned": _summary(chain, "finetune")}
+    for line in (Path(chain.out) / "probe" / "results.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        summary = trained.get(row["model"], {})
+        costs = {key: summary.get(key) for key in ("method", "objective", "trained_parameters", "seconds")}
+        yield {"entry": name, "seed": chain.seed, **row, **costs}
+
+
+def _summary(chain: RunConfig, stage: str) -> dict[str, Any]:
+    path = Path(chain.out) / stage / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same rows for a spreadsheet: a column for every key, lists and mappings as JSON."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        plain = {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in row.items()}
+        writer.writerow(plain)
+    return text.getvalue()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from explora import config as configs
 from explora.config import Config, Overrides
@@ -16,7 +17,11 @@ from explora.models import ModelConfig
 from explora.stages.pipeline import DataConfig, RunConfig
 from explora.stages.probe_config import ProbeSection
 
-Name = Annotated[str, Field(pattern=r"^[\w.+-]+$")]
+TAKEN = {"shards", "features"}
+"""Folders of a comparison that belong to no entry."""
+_FOLDER = re.compile(r"\w[\w.+-]{0,99}")
+
+Name = Annotated[str, Field(pattern=rf"^{_FOLDER.pattern}$")]
 
 
 class Entry(Config):
@@ -26,8 +31,15 @@ class Entry(Config):
     """What differs from the task's `pretrain`; null leaves pretraining out."""
     finetune: dict[str, Any] | None = Field(default_factory=dict)
     """What differs from the task's `finetune`; null leaves fine-tuning out."""
-    over: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    over: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Values to try, each with each, by their keys: `finetune.adapt.rank: [4, 8, 16]` makes three entries."""
+
+    @field_validator("over")
+    @classmethod
+    def _of_a_stage(cls, over: dict[str, Any]) -> dict[str, Any]:
+        if strange := [key for key in over if key.partition(".")[0] not in ("pretrain", "finetune")]:
+            raise ValueError(f"{', '.join(strange)}: expected keys that begin with pretrain. or finetune.")
+        return over
 
 
 class CompareConfig(Config):
@@ -50,38 +62,68 @@ class CompareConfig(Config):
     entries: dict[Name, Entry | None] = Field(min_length=1)
     """The methods, by the names they get in the table; null leaves one out."""
 
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is given more than once; each is trained once")
+        return seeds
 
-def load(sources: Sequence[str | Path] | Mapping[str, Any], overrides: Overrides = None) -> CompareConfig:
+    @field_validator("entries")
+    @classmethod
+    def _some(cls, entries: dict[str, Entry | None]) -> dict[str, Entry | None]:
+        if not any(entries.values()):
+            raise ValueError("all are null, so nothing would be compared")
+        return entries
+
+
+def load(sources: str | Path | Sequence[str | Path] | Mapping[str, Any], overrides: Overrides = None) -> CompareConfig:
     """Read one config that may lie in several files, which all say something of it.
 
     Raises:
-        ConfigError: two files give one key different values, or what `explora.config.load` finds.
+        ConfigError: no file, two that give one key different values, or what `explora.config.load` finds.
     """
-    if isinstance(sources, Mapping):
+    if isinstance(sources, str | Path | Mapping):
         return configs.load(CompareConfig, sources, overrides)
+    if not sources:
+        raise ConfigError("no config is given; name the YAML files that together are one")
     whole: dict[str, Any] = {}
     for source in sources:
         _join(whole, configs.read(source), str(source))
     return configs.validate(CompareConfig, configs.read(whole, overrides), ", ".join(map(str, sources)))
 
 
-def chains(config: CompareConfig) -> Iterator[tuple[str, RunConfig]]:
+def chains(config: CompareConfig) -> list[tuple[str, RunConfig]]:
     """The chain of each entry and seed, with the entry's name; the first seed of all entries comes first.
 
     Raises:
-        ConfigError: an entry's settings are wrong, or two entries have one name.
+        ConfigError: settings of entries are wrong, or two entries have one name; names all that are wrong.
     """
-    variants = [found for name, entry in config.entries.items() if entry for found in _variants(name, entry)]
+    wrong: list[str] = []
+    variants: list[tuple[str, Entry]] = []
+    for name, entry in config.entries.items():
+        try:
+            found = [] if entry is None else list(_variants(name, entry))
+            for each, variant in found:
+                _chain(config, each, variant, config.seeds[0])
+            variants += found
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     names = [name for name, _ in variants]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"entries: {', '.join(twice)} would stand for several settings; name them apart")
-    for seed in config.seeds:
-        for name, entry in variants:
-            yield name, _chain(config, name, entry, seed)
+    return [(name, _chain(config, name, entry, seed)) for seed in config.seeds for name, entry in variants]
 
 
 def _chain(config: CompareConfig, name: str, entry: Entry, seed: int) -> RunConfig:
     out = Path(config.out)
+    if name in TAKEN or not _FOLDER.fullmatch(name):
+        raise ConfigError(
+            f"entries.{name}: no name for a folder here; take letters, digits, '_', '.', '+' and '-', "
+            f"at most 100, neither {' nor '.join(sorted(TAKEN))}; values of `over` become part of the name"
+        )
     shards = {role: str(out / "shards" / role) for role in config.data.folders()}
     probing = config.probe.model_dump(mode="json", exclude_unset=True)
     raw = {
@@ -98,12 +140,23 @@ def _chain(config: CompareConfig, name: str, entry: Entry, seed: int) -> RunConf
 
 def _variants(name: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
     """The entry with each combination of what it is tried over; values stand in the names."""
+    given = {"pretrain": entry.pretrain, "finetune": entry.finetune}
+    for key in entry.over:
+        if given[key.partition(".")[0]] is None:
+            stage = key.partition(".")[0]
+            raise ConfigError(f"entries.{name}.over: {key}, but the entry leaves {stage} out; write {stage}: {{}}")
     for values in itertools.product(*entry.over.values()):
         chosen = dict(zip(entry.over, values, strict=True))
-        told = "".join(f"_{key.rpartition('.')[2]}{value}" for key, value in chosen.items())
-        raw = {"pretrain": entry.pretrain, "finetune": entry.finetune}
-        given = {key: value for key, value in raw.items() if value is not None}
-        yield name + told, Entry.model_validate({**raw, **configs.read(given, chosen)})
+        told = "".join(f"_{key.rpartition('.')[2]}{_spelled(value)}" for key, value in chosen.items())
+        stages = configs.read({stage: settings for stage, settings in given.items() if settings is not None}, chosen)
+        yield name + told, Entry(**{**given, **stages})
+
+
+def _spelled(value: Any) -> str:
+    """A value as part of a folder's name."""
+    if isinstance(value, list | tuple):
+        return "-".join(map(_spelled, value))
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def _over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +17,16 @@ from explora.data import Center, ShardSet, overlap, whole_range
 from explora.distributed import on_first, rank
 from explora.errors import ConfigError, DataError, RunError
 from explora.models import ModelConfig
-from explora.reporting import continual_table, table, write_continual, write_report
+from explora.reporting import (
+    continual_table,
+    is_comparison,
+    leaderboard_table,
+    table,
+    write_continual,
+    write_leaderboard,
+    write_report,
+    write_side,
+)
 from explora.stages.finetune import FinetuneSection, finetune
 from explora.stages.finetune import build as build_finetune
 from explora.stages.fitting import RANGE, bands_of
@@ -25,7 +34,7 @@ from explora.stages.pack import pack, recipe_of
 from explora.stages.pretrain import PretrainSection, pretrain
 from explora.stages.pretrain import build as build_pretrain
 from explora.stages.probe import judge
-from explora.stages.probe_config import ProbeSection, check_source
+from explora.stages.probe_config import ProbeSection, check_pairs
 from explora.stages.section import TrainingSection, blueprint, rehearse
 from explora.stages.training import logger, opened, together
 
@@ -48,19 +57,27 @@ class DataConfig(Config):
     """Labelled source-domain images that only judge."""
     control: str | None = None
     """Labelled images of neither domain: what rises here as well is no adaptation to the target."""
+    masks_train: str | None = None
+    """Target images with masks to fit the segmentation probe on, as the recipe `segmentation` finds them."""
+    masks_test: str | None = None
+    """Target images with masks that only judge."""
     recipe: str = "folder"
     """How the folders are laid out."""
     pixels: Pixels | None = None
     """What the values of raw images mean, where the recipe does not know: bands, dtype, unit, scale, offset."""
 
     @model_validator(mode="after")
-    def _whole_source(self) -> DataConfig:
-        check_source(self.source_train, self.source_test)
+    def _whole_pairs(self) -> DataConfig:
+        check_pairs(self)
         return self
 
     def folders(self) -> dict[str, str]:
         """What is given, by role."""
         return {role: folder for role, folder in self if role not in ("recipe", "pixels") and folder is not None}
+
+    def recipe_for(self, role: str) -> str:
+        """How the folder of a role is laid out."""
+        return "segmentation" if role.startswith("masks_") else self.recipe
 
 
 class RunConfig(Config):
@@ -118,7 +135,7 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, sta
         alone = rank() == 0
         with opened(config):
             if "pack" in stages:
-                on_first(lambda: _rehearse(config, out / "shards"))
+                on_first(lambda: rehearse_chain(config, out / "shards"))
                 on_first(lambda: pack_all(out / "shards", config.data))
                 on_first(lambda: _warn_of_leaks(out / "shards"))
             else:
@@ -137,21 +154,32 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, sta
     return out / "report.html"
 
 
-def report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write the HTML report of a chain, or of a continual run, and log its table; returns the report's path.
+def report(folder: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the HTML report of a chain, a continual run or a comparison, and log its table; returns the report's path.
+
+    Several chains stand side by side on one page, `side_by_side.html` beside the first of them unless `out` says else.
 
     Raises:
         RunError: the folder holds no run, or a damaged one.
     """
-    folder = Path(folder)
-    continual = (folder / "results.json").is_file()
-    write, tabulate = (write_continual, continual_table) if continual else (write_report, table)
-    path = write(folder, None if out is None else Path(out))
-    logger.info("\n%s\n\nreport: %s", tabulate(folder), path)
+    to = None if out is None else Path(out)
+    several = [folder] if isinstance(folder, str | Path) else list(folder)
+    if len(several) > 1:
+        path = write_side([Path(one) for one in several], to or Path(several[0]).parent / "side_by_side.html")
+        logger.info("report: %s", path)
+        return path
+    folder = Path(several[0])
+    if is_comparison(folder):
+        path, text = write_leaderboard(folder, to), leaderboard_table(folder)
+    elif (folder / "results.json").is_file():
+        path, text = write_continual(folder, to), continual_table(folder)
+    else:
+        path, text = write_report(folder, to), table(folder)
+    logger.info("\n%s\n\nreport: %s", text, path)
     return path
 
 
-def _rehearse(config: RunConfig, shards: Path) -> None:
+def rehearse_chain(config: RunConfig, shards: Path) -> None:
     """Meet now the mistakes that the last stage would meet after hours."""
     counts, meant = {}, {}
     source = blueprint(config.model)
@@ -159,8 +187,11 @@ def _rehearse(config: RunConfig, shards: Path) -> None:
         if (shards / role).exists():
             origin = str(shards / role)
         packed = ShardSet.open(origin) if _packed(origin) else None
-        found = packed or recipe_of(config.data.recipe)(Path(origin), None)
-        if found.classes is None and role != "pretrain":
+        found = packed or recipe_of(config.data.recipe_for(role))(Path(origin), None)
+        if role.startswith("masks_"):
+            if found.masks is None:
+                raise DataError(f"data.{role}: {origin} has no masks; pack it with --recipe segmentation")
+        elif found.classes is None and role != "pretrain":
             raise DataError(f"data.{role}: {origin} has no labels; the probe needs one folder per class")
         counts[role] = len(found.classes or ())
         meant[role] = found.pixels if packed or config.data.pixels is None else config.data.pixels
@@ -277,13 +308,13 @@ def pack_all(folder: Path, data: DataConfig) -> None:
     pixels = None if data.pixels is None else data.pixels.model_dump(mode="json")
     for role, origin in data.folders().items():
         if (folder / role).exists():
-            _refuse_changed(folder / role, role, origin, data.recipe)
+            _refuse_changed(folder / role, role, origin, data.recipe_for(role))
         elif _packed(origin):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / role).unlink(missing_ok=True)  # a link whose target has moved
             (folder / role).symlink_to(Path(origin).resolve())
         else:
-            pack(origin, folder / role, recipe=data.recipe, pixels=pixels)
+            pack(origin, folder / role, recipe=data.recipe_for(role), pixels=pixels)
 
 
 def _leaks(folder: Path) -> list[str]:

@@ -1,0 +1,129 @@
+"""Several runs on one page: which of them are one setting, intervals over seeds apart from those over images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_run import make_run, result, write_json
+from scipy import stats
+from test_report import Page
+
+from explora.errors import RunError
+from explora.reporting.side import write_side
+
+GAINS = (3.5, 4.0, 6.0)
+LOSSES = (-2.0, 0.5, 1.2)
+
+
+def seeded(folder: Path, seed: int, gain: float = 3.0, loss: float = -1.0, rank: int = 8, **also: Any) -> Path:
+    """A made-up run of one evaluator whose config says its seed and rank."""
+    rows = [
+        result("baseline", "target", "linear", 80.0, None),
+        result("adapted", "target", "linear", 80.0 + gain, (gain, gain - 1.5, gain + 1.5)),
+        result("baseline", "source", "knn", 70.0, None),
+        result("adapted", "source", "knn", 70.0 + loss, (loss, loss - 2, loss + 2)),
+    ]
+    run = make_run(folder, rows=rows)
+    write_json(run / "config.yaml", {"out": str(folder), "seed": seed, "pretrain": {"adapt": {"rank": rank}}, **also})
+    return run
+
+
+def page_of(*folders: Path, out: Path) -> tuple[Page, str]:
+    text = write_side(folders, out).read_text(encoding="utf-8")
+    return Page(text), text
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("seeds")
+    numbers = enumerate(zip(GAINS, LOSSES, strict=True))
+    return [seeded(root / f"seed{seed}", seed, gain, loss) for seed, (gain, loss) in numbers]
+
+
+def over_seeds(values: tuple[float, ...]) -> str:
+    spread = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    said = "{:+.1f} ({:+.1f} to {:+.1f})".format(np.mean(values), *spread)
+    return said.replace("-", "−")
+
+
+def test_seeds_of_one_setting_have_an_interval_of_their_own(seeds: list[Path], tmp_path: Path) -> None:
+    page, text = page_of(*seeds, out=tmp_path / "side.html")
+    heads = ["Model", "Evaluator", "seed0", "seed1", "seed2", "mean of 3 seeds"]
+    rows = page.table(*heads)
+    assert rows[0] == ["baseline", "linear probe", "80.0", "80.0", "80.0", "80.0"]
+    each = [f"{80 + gain:.1f} {gain:+.1f} ({gain - 1.5:+.1f} to {gain + 1.5:+.1f})" for gain in GAINS]
+    assert rows[1] == ["adapted", "linear probe", *each, f"84.5 {over_seeds(GAINS)}"]
+    assert rows[3][:2] + rows[3][5:] == ["adapted", "k-nearest neighbours", f"69.9 {over_seeds(LOSSES)}"]
+    assert page.text["h1"] == "Adaptation raised accuracy on ucmerced by 4.5 points, over 3 seeds."
+    lead = f"Ucmerced: {over_seeds(GAINS).replace(' ', ' points ', 1)} by linear probe."
+    assert lead in page.text["p"]
+    assert f"Cifar10: {over_seeds(LOSSES).replace(' ', ' points ', 1)} by k-nearest neighbours." in page.text["p"]
+    assert 'class="alarm"' not in text
+    assert "What differs" not in text
+    assert text.count("<svg") == 2
+
+
+def test_what_is_not_clear_over_seeds_is_not_called_a_gain(tmp_path: Path) -> None:
+    runs = [seeded(tmp_path / f"run{seed}", seed, gain) for seed, gain in enumerate((1.6, 9.0))]
+    page, _ = page_of(*runs, out=tmp_path / "side.html")
+    assert page.text["h1"] == "Adaptation made no clear difference to accuracy on ucmerced, over 2 seeds."
+
+
+def test_other_settings_stand_beside(seeds: list[Path], tmp_path: Path) -> None:
+    other = seeded(tmp_path / "wide", 0, 9.0, rank=64, note="<script>bad()</script>")
+    page, _ = page_of(*seeds[:2], other, out=tmp_path / "pages" / "side.html")
+    assert page.text["h1"] == "2 settings, 3 runs, side by side."
+    heads = ["Model", "Evaluator", "seed0", "seed1", "Setting 1: mean of 2 seeds", "wide"]
+    assert page.table(*heads)[1][-1] == "89.0 +9.0 (+7.5 to +10.5)"
+    assert page.table("Key", "seed0, seed1", "wide") == [
+        ["pretrain.adapt.rank", "8", "64"],
+        ["note", "–", "<script>bad()</script>"],
+    ]
+    assert page.tags.count("script") == 1
+    assert not [address for address in page.resources if "report.html" in address]
+    (other / "report.html").touch()
+    page, _ = page_of(seeds[0], other, out=tmp_path / "pages" / "side.html")
+    assert [address for address in page.resources if "report.html" in address] == ["../wide/report.html"]
+
+
+def test_a_seed_again_says_nothing_about_seeds(seeds: list[Path], tmp_path: Path) -> None:
+    again = seeded(tmp_path / "again", 0)
+    page, text = page_of(seeds[0], again, out=tmp_path / "side.html")
+    assert "again: settings and seed of another run here" in page.text["p"]
+    assert "mean of" not in text
+    assert page.text["h1"] == "2 runs, side by side."
+
+
+def test_other_images_are_pointed_out(seeds: list[Path], tmp_path: Path) -> None:
+    other = seeded(tmp_path / "other", 1)
+    write_json(other / "shards/test/manifest.json", {"name": "ucmerced", "samples": 210, "fingerprint": "another"})
+    page, _ = page_of(seeds[0], other, out=tmp_path / "side.html")
+    assert "Not all runs were judged on the same target images" in page.text["p"]
+    assert "same source images" not in page.text["p"]
+
+
+def test_equal_names_take_their_folders_along(tmp_path: Path) -> None:
+    runs = [seeded(tmp_path / name / "seed0", 0, rank=rank) for name, rank in (("lora", 8), ("ia3", 4))]
+    page, _ = page_of(*runs, out=tmp_path / "side.html")
+    assert page.table("Model", "Evaluator", "lora/seed0", "ia3/seed0")
+
+
+def test_runs_without_config_or_results_are_shown_as_they_are(seeds: list[Path], tmp_path: Path) -> None:
+    bare = seeded(tmp_path / "bare", 0)
+    (bare / "config.yaml").unlink()
+    (bare / "probe" / "results.jsonl").unlink()
+    page, _ = page_of(seeds[0], bare, out=tmp_path / "side.html")
+    assert "bare was not probed." in page.text["p"]
+    assert page.table("Model", "Evaluator", "seed0", "bare")[1][-1] == "–"
+
+
+def test_one_run_is_no_comparison(seeds: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="at least two"):
+        write_side(seeds[:1], tmp_path / "side.html")
+    with pytest.raises(RunError, match="the same run twice"):
+        write_side([seeds[0], seeds[0] / ".." / seeds[0].name], tmp_path / "side.html")
+    with pytest.raises(RunError, match="not the folder of a run"):
+        write_side([seeds[0], tmp_path], tmp_path / "side.html")
