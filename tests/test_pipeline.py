@@ -97,6 +97,8 @@ def test_images_that_changed_since_they_were_packed(tmp_path: Path, images: dict
         ("lakes/train", "lakes"),
         ("lakes/Test", "lakes"),
         ("lakes/val", "lakes"),
+        ("lakes/png", "lakes"),
+        ("lakes/train/images", "lakes"),
         ("lakes", "lakes"),
         ("trains", "trains"),
     ],

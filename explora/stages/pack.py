@@ -26,7 +26,8 @@ SHARDS = "shards"
 LOG_EVERY = 10.0
 """Seconds between two lines on progress where there is no terminal."""
 
-_SPLITS = frozenset({"train", "test", "val", "validation"})
+_NAMELESS = frozenset({"train", "test", "val", "validation", "images", "png", "jpg", "jpeg", "tif", "tiff"})
+"""Folders that say which part or which format of a data set they hold, and not which data set."""
 
 
 def pack(
@@ -49,8 +50,8 @@ def pack(
         out: new folder; an existing one is refused. None makes it `shards/<name>`.
         recipe: how the data set is laid out; see `recipes()`.
         split: the part of the data set to pack; None packs all of it.
-        name: what to call the data. None takes the name of the folder, or of the one above where it is only called
-            train, test or val; for any other recipe than `folder`, that of the recipe and the split.
+        name: what to call the data. None takes the name of the folder, or of the first one above where it is only
+            called train, test, val, images or after a format; for any other recipe than `folder`, that of the recipe and the split.
         shard_mb: size of a shard in MiB.
         workers: processes; 0 works in this one, None takes as many as there are cores.
         against: folders of shards, such as those of the test split, that should have no image in common with these;
@@ -90,7 +91,8 @@ def _name(root: Path, recipe: str, split: str | None) -> str:
     if recipe != "folder":
         return f"{recipe}-{split}" if split else recipe
     folder = Path(root, split or "").resolve()
-    return folder.parent.name if folder.name.lower() in _SPLITS and folder.parent.name else folder.name
+    named = (one.name for one in (folder, *folder.parents) if one.name and one.name.lower() not in _NAMELESS)
+    return next(named, folder.name)
 
 
 @contextmanager
