@@ -51,7 +51,8 @@ def pack(
         recipe: how the data set is laid out; see `recipes()`.
         split: the part of the data set to pack; None packs all of it.
         name: what to call the data. None takes the name of the folder, or of the first one above where it is only
-            called train, test, val, images or after a format; for any other recipe than `folder`, that of the recipe and the split.
+            called train, test, val, images or after a format; for any other recipe than `folder`, that of the recipe
+            and the split.
         shard_mb: size of a shard in MiB.
         workers: processes; 0 works in this one, None takes as many as there are cores.
         against: folders of shards, such as those of the test split, that should have no image in common with these;
