@@ -140,9 +140,16 @@ def report(
             help="folder of a chain, a continual run or a comparison; several chains: side by side", metavar="RUN..."
         ),
     ],
-    out: Annotated[str | None, typer.Option(help="where to write the page; the run folder unless given")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="where to write the page; unless given, in the folder, and of several chains side_by_side.html beside "
+            "the first"
+        ),
+    ] = None,
 ) -> None:
-    """Write the HTML report of a chain, a continual run or a comparison, and print its table."""
+    """Write the HTML report of a chain, a continual run or a comparison, and print its table; of several chains one
+    page, side by side."""
     explora.report(folders, out)
 
 

@@ -170,7 +170,8 @@ def test_a_line_says_what_its_row_says(regions: ShardSet) -> None:
         ("knn_loo", {"k": 5, "leave_one_out": True}, ("knn5", "32", "", "default")),
         ("fewshot_5", {"shots": 5, "draws": 10, "C": 10.0}, ("fewshot_5", "32", "", "default")),
         ("labels_1%", {"fraction": 0.01, "C": 1.0}, ("linear", "32", "", "0.01x_train")),
-        ("head", {}, ("head", "", "80", "default")),
+        ("head", {}, ("head", "", "", "default")),
+        ("head_lrap", {}, ("head_lrap", "", "", "default")),
     ],
 )
 def test_evaluators_in_the_words_of_torchgeo_bench(
@@ -181,6 +182,7 @@ def test_evaluators_in_the_words_of_torchgeo_bench(
     facts = Facts("world", "vit_tiny", 32, "custom", 224, "bicubic", "rgb", 80, 20)
     (line,) = table(bench_csv(rows, {("a", "target"): facts}))
     assert tuple(line[name] for name in ("method", "feature_dim", "n_train", "partition")) == expected
+    assert line["n_val"] == ("20" if line["n_train"] else "")
     assert line["evaluator"] == evaluator
 
 

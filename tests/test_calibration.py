@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from explora.evaluation.calibration import calibration, errors, fit_temperature
+from explora.evaluation import Features, Linear, LogisticRegression
+from explora.evaluation.calibration import calibration, errors, fit_temperature, plain_calibration
 
 
 def drawn(n: int, classes: int, seed: int, scale: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -86,9 +87,11 @@ def test_temperature_has_the_best_likelihood() -> None:
 def test_temperature_where_there_is_no_best_one() -> None:
     labels = torch.tensor([0, 1, 2, 0])
     for size in (1e-4, 1.0, 30.0, 1e6):
-        assert fit_temperature(size * torch.eye(3)[labels], labels) == 1  # all right
+        assert fit_temperature(size * torch.eye(3)[labels], labels) is None  # all right
         assert fit_temperature(-size * torch.eye(3)[labels], labels) == 1000  # worse than chance: as flat as can be
-    assert fit_temperature(torch.zeros(4, 3), labels) == 1
+    assert fit_temperature(torch.zeros(4, 3), labels) is None
+    faint = 1e-5 * torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    assert fit_temperature(faint, torch.tensor([0, 0, 1, 2, 1])) == 0.001  # as sharp as can be, but not all are right
     almost = 30 * torch.eye(3)[torch.tensor([0, 1, 2, 1])]
     assert 1 < fit_temperature(almost, labels) < 1000
 
@@ -96,8 +99,10 @@ def test_temperature_where_there_is_no_best_one() -> None:
 def test_scaling_repairs_overconfidence() -> None:
     logits, labels = drawn(4000, 5, seed=3)
     found = calibration((5 * logits)[:2000].float(), labels[:2000], (5 * logits)[2000:].float(), labels[2000:])
-    names = ["ece", "rms_ce", "mce", "ece_ts", "rms_ce_ts", "mce_ts", "temperature", "calibration_n_bins"]
+    names = ["ece", "rms_ce", "mce", "calibration_n_bins", "ece_ts", "rms_ce_ts", "mce_ts", "temperature"]
     assert list(found) == names
+    plain = plain_calibration((5 * logits)[2000:].float(), labels[2000:])
+    assert plain == {name: found[name] for name in names[:4]}
     assert found["calibration_n_bins"] == 15
     assert found["temperature"] == pytest.approx(5, rel=0.1)
     assert found["ece_ts"] < 0.03 < 0.2 < found["ece"] <= found["rms_ce"] <= found["mce"]
@@ -107,3 +112,23 @@ def test_scaling_repairs_overconfidence() -> None:
     assert (found["ece_ts"], found["rms_ce_ts"], found["mce_ts"]) == pytest.approx(expected, abs=1e-5)
     others = calibration((5 * logits)[:2000], labels[:2000], logits[2000:], labels[2000:].flip(0))
     assert others["temperature"] == pytest.approx(found["temperature"], rel=1e-6)  # no test image has a say
+
+
+def test_perfect_validation_fits_no_temperature() -> None:
+    logits, labels = torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, 1, 2, 0])
+    assert set(calibration(logits, labels, logits, labels)) == {"ece", "rms_ce", "mce", "calibration_n_bins"}
+
+
+@pytest.mark.parametrize(
+    "evaluator", [LogisticRegression(), Linear(steps=300, batch_size=16)], ids=["logreg", "linear"]
+)
+def test_easy_images_are_not_judged_by_the_weakest_of_equal_fits(evaluator: LogisticRegression | Linear) -> None:
+    parts = []
+    for seed in range(3):  # five classes far apart: every penalty that fits at all gets all images right
+        labels = torch.arange(5).repeat(20)
+        points = 3 * torch.eye(5)[labels] + 0.3 * torch.randn(100, 5, generator=torch.Generator().manual_seed(seed))
+        parts.append(Features(points[:, None], points, labels, list("abcde"), f"easy {seed}"))
+    (result,) = evaluator.evaluate(*parts)
+    assert result.value == 100
+    assert result.calibration is not None
+    assert result.calibration["ece"] < 0.2  # the smallest C, or rate, that gets them right states 1 in 5: 0.8

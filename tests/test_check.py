@@ -121,6 +121,12 @@ def test_check_knows_the_models_of_a_probe(tmp_path: Path, probing: Make, explor
     ]
     assert contents(tmp_path) == before
     assert explora.check(probing(tmp_path / "out")).endswith("ready to run")
+    text = explora.check(probing(tmp_path / "out", control="absent", masks_train="a", masks_test="b"))
+    assert [f"  {role} does not exist" for role in ("control: absent", "masks_train: a", "masks_test: b")] == (
+        text.splitlines()[-3:]
+    )
+    with pytest.raises(DataError, match=r"^test: .* one label each, which knn_multi cannot judge by"):
+        explora.check(probing(tmp_path / "out", evaluators=[{"name": "knn_multi"}]))
     with pytest.raises(ConfigError, match="a crop of 30 px is no multiple of the patch size 8; use 24 or 32"):
         explora.check(probing(tmp_path / "out", view={"size": 30}))
 

@@ -14,6 +14,8 @@ from conftest import FINETUNE, MODEL, PRETRAIN, Answer
 import explora
 from explora import config as configs
 from explora.errors import ConfigError, DataError, ExploraError, Locked, RunError
+from explora.reporting import leaderboard_table
+from explora.reporting.bench import BENCH, OWN, bench_csv
 from explora.runs import Run
 from explora.stages import compare as grids
 from explora.stages.compare_config import chains, load
@@ -78,6 +80,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
             rows = [{**row, "model": model, "value": 50.0, "difference": None} for model in ("baseline", "finetuned")]
             rows[1] |= {"difference": 2.0 + chain.seed, "difference_low": 1.0, "difference_high": 4.0}
             (folder / "probe" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "probe" / "results.csv").write_text(bench_csv(rows, {}))
             opened.finish({"stage": "run", "leaks": []})
 
     monkeypatch.setattr(grids, "run", run)
@@ -115,20 +118,41 @@ def test_a_grid_holds_the_rows_of_its_chains(grid: Path) -> None:
     assert (grid / "compare.html").is_file()
 
 
-def test_the_same_rows_as_csv(grid: Path) -> None:
+def test_the_probes_own_columns_as_csv(grid: Path) -> None:
     with (grid / "results.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    for told, row in zip(table, lines(grid / "results.jsonl"), strict=True):
-        for key, value in row.items():
-            read = json.loads(told[key]) if isinstance(value, dict | list) else told[key]
-            assert read == ("" if value is None else value if isinstance(value, dict | list) else str(value)), key
+    assert set(table[0]) == {"entry", *BENCH, *OWN}
+    assert list(table[0])[:3] == ["entry", "seed", "dataset"]
+    rows = lines(grid / "results.jsonl")
+    for told, row in zip(table, rows, strict=True):
+        assert (told["entry"], told["seed"]) == (row["entry"], str(row["seed"]))
+        assert (told["name"], told["data"], told["evaluator"]) == (row["model"], row["data"], row["evaluator"])
+        assert float(told["metric_value"]) == pytest.approx(row["value"] / 100)
+        assert told["image_size"] == str(MODEL["image_size"])  # what only the chain's own file knows
 
 
-def test_finished_runs_are_left_alone(grid: Path, task: Callable[..., dict[str, Any]], fake: Fake) -> None:
+def test_what_a_comparison_was_made_of(grid: Path, shards: dict[str, Path]) -> None:
+    told = state(grid)
+    recorded = json.loads((grid / "shards" / "environment.json").read_text())
+    assert set(told["environment"]) == set(recorded)  # values such as the commit may change meanwhile
+    for key in ("command", "versions", "platform"):
+        assert told["environment"][key] == recorded[key]
+    packed = {**shards, "control": shards["source_train"]}
+    assert set(told["shards"]) == set(packed)
+    for role, folder in packed.items():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert told["shards"][role] == {key: manifest[key] for key in ("name", "samples", "classes", "fingerprint")}
+
+
+def test_finished_runs_are_left_alone(
+    grid: Path, task: Callable[..., dict[str, Any]], fake: Fake, caplog: pytest.LogCaptureFixture
+) -> None:
     before = (grid / "results.jsonl").read_text()
     (grid / "results.jsonl").write_text("")
+    caplog.set_level("INFO", "explora")
     assert explora.compare(task(grid, seeds=[0, 1])) == grid
     assert fake.ran == []
+    assert caplog.messages[-1] == f"\n{leaderboard_table(grid)}\n\nreport: {grid / 'compare.html'}"
     assert (grid / "results.jsonl").read_text() == before
 
 
@@ -209,9 +233,16 @@ def test_changed_settings_are_refused_before_anything_is_trained(
     tmp_path: Path, task: Callable[..., dict[str, Any]], fake: Fake
 ) -> None:
     explora.compare(task(tmp_path / "both"))
-    changed = {**ENTRIES, "dinov2": {"finetune": {"adapt": {"name": "lora", "rank": 8}}}, "new": {}}
-    with pytest.raises(RunError, match=r"dinov2/seed0: holds a run of another config(.|\n)*rank(.|\n)*another name"):
-        explora.compare(task(tmp_path / "both", entries=changed))
+    one = {**ENTRIES, "dinov2": {"finetune": {"adapt": {"name": "lora", "rank": 8}}}, "new": {}}
+    with pytest.raises(RunError, match=r"^dinov2, seed 0: holds a run of another config(.|\n)*rank(.|\n)*another name"):
+        explora.compare(task(tmp_path / "both", entries=one))
+    with pytest.raises(RunError) as found:
+        explora.compare(task(tmp_path / "both", model={**MODEL, "image_size": 16}))
+    assert str(found.value).splitlines() == [
+        "lora, seed 0; dinov2, seed 0: holds a run of another config:",
+        "  model.image_size: 32 there, 16 now",
+        "changed settings need an entry of another name, or another out; to train anew, delete the folder",
+    ]
     assert fake.ran == ["lora 0", "dinov2 0"]
 
 
@@ -288,6 +319,10 @@ def test_an_entry_is_laid_over_what_is_common(task: Callable[..., dict[str, Any]
         ({"entries": {"a": {"over": {"finetune.adapt": [{"name": "lora"}]}}}}, "no name for a folder"),
         ({"entries": {"a": {"over": {"finetune.steps": []}}}}, "at least 1"),
         ({"entries": {"a": {"over": {"seed": [1, 2]}}}}, "seed: expected keys that begin with pretrain"),
+        (
+            {"entries": {"a": {"over": {"finetune": {"adapt": {"rank": [4]}}}}}},
+            r"entries\.a\.over: keys here hold their dots; .* over=\{finetune\.adapt\.rank: \[4\]\}$",
+        ),
         ({"entries": {"a": {"over": {"pretrain.steps": [1, 2]}}}}, "the entry leaves pretrain out"),
         ({"entries": {"a_steps2": {}, "a": {"over": {"finetune.steps": [2]}}}}, "a_steps2 would stand for several"),
         ({"entries": {"a": None}}, "all are null"),
@@ -333,4 +368,10 @@ def test_the_command(
     answer = explora_command("report", tmp_path / "both")
     assert answer.code == 0
     assert "+9.0 [+1.0, +4.0]" in answer.err
+    answer = explora_command("report", tmp_path / "both" / "lora" / "seed7", tmp_path / "both")
+    assert answer.code == 2
+    assert "both: is a comparison, which has a page of its own; report it alone" in answer.err
+    over = "entries.lora.over={finetune.adapt.rank: [4]}"
+    assert explora_command("compare", *files, "seeds=[7]", "entries.dinov2=null", over).code == 0
+    assert fake.ran == ["lora 7", "lora_rank4 7"]
     assert explora_command("compare", "seeds=[7]").code == 2

@@ -185,6 +185,17 @@ def test_all_of_the_labels_are_logistic_regression():
     assert everything.fair_after_labels
 
 
+def test_a_fraction_below_one_image_a_class_says_what_it_took(three, caplog):
+    few, enough = (next(LabelFraction(fraction=share, draws=2, grid=2).evaluate(*three)) for share in (0.02, 0.05))
+    assert few.selected["images"] == 4  # one of each class from train, none of eight from val
+    assert enough.selected["images"] == 4
+    assert caplog.messages == [
+        "labels_2%: learns from 4 images, one of each class at least, which is 3.6 % of the 112 there are"
+    ]
+    (half,) = LabelFraction(fraction=0.5, draws=1, grid=2).evaluate(*three)
+    assert half.selected["images"] == 4 * (10 + 4)
+
+
 def test_a_fraction_is_stratified():
     labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 3)[torch.randperm(73)]
     drawn = fractions.stratified(labels, 0.1, 0, at_least=1)

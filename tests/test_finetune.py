@@ -119,7 +119,7 @@ def test_the_worst_group_is_that_of_a_naive_one(grouped: ShardSet, shards: dict[
     assert found["val_worst_group"] == pytest.approx(min(groups))
     with pytest.raises(DataError, match=r"validation\.metric: no group in .* has 10 images to judge on"):
         validation(objective, Judges(grouped, np.arange(9)), metric="worst_group")
-    with pytest.raises(DataError, match=r"validation\.metric: no group"):
+    with pytest.raises(DataError, match=r"validation\.metric: the images in .* are in no groups; .* a column `group`"):
         validation(objective, all_of(ShardSet.open(shards["train"])), metric="worst_group")
 
 
@@ -251,6 +251,17 @@ def test_what_is_a_gain() -> None:
     assert Judgement(4, 50.0, 0.9).beats(first)
     assert not Judgement(4, 50.0, 1.0).beats(first)
     assert not Judgement(4, 49.9, 0.1).beats(first)
+
+
+def test_a_run_that_diverged_leaves_no_weights(tmp_path: Path, finetuning: Make) -> None:
+    config = finetuning(tmp_path / "run", optim={"lr": 1e30})
+    for _ in range(2):  # nor does it count as finished
+        with pytest.raises(
+            TrainingError, match=r"2 of 33 weights are NaN .*\.0\.attn\.qkv\.weight, .*; lower optim\.lr"
+        ):
+            explora.finetune(config)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"backbone.safetensors", "adapter.safetensors", "head.safetensors", "summary.json"}
 
 
 def test_a_validated_run_learns_the_same_bits(tmp_path: Path, finetuning: Make, shards: dict[str, Path]) -> None:

@@ -74,6 +74,14 @@ def test_the_penalty_is_the_one_that_predicts_images_left_out(
         start_as_probe(SECTION, supervised(), once, VIEW, tmp_path, 0)
 
 
+def test_of_penalties_that_are_as_often_right_the_surest_fit_counts(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "explora")
+    labels = torch.arange(2).repeat(20)
+    noise = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    finetune_start._fitted(4.0 * labels[:, None] + 0.1 * noise, labels, 2, 0)  # any penalty tells these apart
+    assert "C 10000, top-1 100.0 % of 8 images" in caplog.text
+
+
 def test_a_run_from_a_probe_starts_with_its_accuracy_and_goes_on_exactly(
     tmp_path: Path, finetuning: Make, shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Scores by group against loops, the worst group, its paired difference; intervals over seeds against scipy."""
+"""Scores by group against loops, the worst group, its paired difference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from explora.errors import DataError
-from explora.evaluation.base import interval, over_seeds, paired
+from explora.evaluation.base import interval, paired
 from explora.evaluation.groups import by_group, paired_by_group, paired_worst, too_small, worst
 
 NAMES = ["asia", "europe", "empty", "island"]
@@ -107,12 +107,3 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
             paired_worst(*pair, groups, NAMES)
         with pytest.raises(DataError, match="scores, but 112 images"):
             paired_by_group(*pair, groups, NAMES)
-
-
-def test_over_seeds_is_the_t_interval() -> None:
-    for values in ([61.0, 63.5], [70.1, 69.5, 71.9], [50.0] * 2 + [51.0] * 5):
-        expected = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
-        assert over_seeds(values) == pytest.approx((np.mean(values), *expected))
-    assert over_seeds([4.0, 4.0, 4.0]) == (4, 4, 4)
-    assert over_seeds([4.0]) is None
-    assert over_seeds([]) is None

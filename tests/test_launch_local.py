@@ -101,13 +101,14 @@ def cmdline(pid: int) -> str:
 
 def test_a_failed_stage_ends_its_chain(here: Path, chaining: Make) -> None:
     config = chaining("runs/x", finetune=None)
-    (here / "damaged").mkdir()
-    (here / "damaged/manifest.json").write_text("{")
+    for number in range(2):  # what is listed is whole; only packing reads the images
+        (here / f"damaged/{number}").mkdir(parents=True)
+        (here / f"damaged/{number}/torn.jpg").write_bytes(b"no image")
     launch.submit({**config, "data": {**config["data"], "source_test": "damaged"}}, cluster="two")
     until(lambda: state("report") == "CANCELLED", "the chain did not end")
     assert [state(stage) for stage in ("pack", "pretrain", "probe")] == ["FAILED", "CANCELLED", "CANCELLED"]
     said = (here / "runs/x/jobs/pack/0_log.out").read_text()
-    assert "error: damaged" in said
+    assert "error: data.source_test: " in said
     assert "Traceback" not in said
 
 

@@ -217,7 +217,7 @@ def test_neighbours_are_chosen_on_validation(three):
 
 def test_queries_in_parts_get_the_same_votes(three, monkeypatch):
     whole = MultiLabelKNN(k=(3, 9)).votes(three[0], three[2], (3, 9))
-    monkeypatch.setattr("explora.evaluation.multilabel.PAIRS_AT_ONCE", 7 * len(three[0]))
+    monkeypatch.setattr("explora.evaluation.knn.PAIRS_AT_ONCE", 7 * len(three[0]))
     np.testing.assert_allclose(MultiLabelKNN(k=(3, 9)).votes(three[0], three[2], (3, 9)), whole, atol=1e-6)
 
 

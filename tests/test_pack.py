@@ -356,6 +356,39 @@ def test_a_log_without_a_terminal_shows_life(
         assert len(lines) == 2 + 1 + 40
 
 
+@pytest.mark.parametrize(
+    ("recipe", "place", "split", "name"),
+    [
+        ("table", "multi_train.csv", None, "multi_train"),
+        ("table", "lakes/train.csv", None, "lakes"),
+        ("table", "list.csv", "one", "list-one"),
+        ("segmentation", "seg", "train", "seg"),
+        ("segmentation", "seg/train", None, "seg"),
+        ("ucmerced", "lakes", None, "ucmerced"),
+        ("ucmerced", "lakes", "train", "ucmerced-train"),
+    ],
+)
+def test_shards_are_called_after_the_data_or_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, place: str, split: str | None, name: str
+) -> None:
+    paths = {
+        "table": ["a.png", "lakes/a.png"],
+        "segmentation": [f"seg/train/{part}/a.png" for part in ("images", "masks")],
+        "ucmerced": ["lakes/Images/beach/beach00.png"] if split is None else ["lakes/train/beach/beach00.png"],
+    }
+    for path in paths[recipe]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L" if "masks" in path else "RGB", (8, 8)).save(tmp_path / path)
+    if recipe == "table":
+        (tmp_path / place).write_text("path,split\na.png,one\n")
+    elif recipe == "segmentation":
+        (tmp_path / "seg/classes.txt").write_text("water\n")
+    monkeypatch.chdir(tmp_path)
+    assert explora.pack(place, recipe=recipe, split=split, workers=0).name == name
+    assert Path("shards", name).is_dir()
+    assert explora.pack(place, "mine", recipe=recipe, split=split, name="other", workers=0).name == "other"
+
+
 def test_a_killed_worker_is_told(root: Path, tmp_path: Path) -> None:
     process = started(tmp_path / "slow.py", root, tmp_path / "out", SEVERAL, 2)
     partial = tmp_path / ".out.partial"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.manifold import trustworthiness
+from sklearn.manifold import TSNE, trustworthiness
 from small_models import SIZE, TINY, scatter, tiny
 from torch import Tensor
 
@@ -87,6 +87,15 @@ def test_a_map_keeps_neighbours() -> None:
     assert (labels.numpy()[near] == labels.numpy()).all()
     lengths = 2.0 ** torch.randint(-2, 3, (80, 1), generator=generator)  # cosines know no lengths
     assert np.array_equal(points, embedding_map(features(found.matrix() * lengths, labels)))
+
+
+@pytest.mark.parametrize(("count", "perplexity"), [(100, 30.0), (31, 10.0)])
+def test_a_map_is_scikit_learns(count: int, perplexity: float) -> None:
+    found = features(torch.randn(count, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(count))
+    tokens = torch.nn.functional.normalize(found.matrix().double(), dim=1).numpy()
+    theirs = TSNE(init="pca", perplexity=perplexity, random_state=0, n_jobs=1).fit_transform(tokens)
+    ours = embedding_map(found)
+    assert (ours - ours.mean(0)) * np.ptp(theirs, axis=0).max() == pytest.approx(theirs - theirs.mean(0), abs=1e-3)
 
 
 @pytest.mark.parametrize("tokens", [torch.ones(12, 4), torch.randn(2, 4), torch.randn(1, 4)])

@@ -1,4 +1,4 @@
-"""A chain's data: what it pretrains on, what its shards are called, and images that change behind its back."""
+"""A chain's data: what it pretrains on, what its shards are called, what it is refused for, and when that is said."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import yaml
 
 import explora
 from explora.data import ShardSet
-from explora.errors import DataError
-from explora.stages import demo, pipeline
+from explora.errors import ConfigError, DataError, ExploraError, RunError
+from explora.stages import chain_data, demo, pipeline
 
 Make = Callable[..., dict[str, Any]]
 
@@ -148,3 +148,118 @@ def test_images_that_taught_and_judge_are_named_in_the_report(
     said = "data.test: 1 of its 11 images are in data.train, too"
     assert said in caplog.messages
     assert said in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_images_that_choose_the_best_step_or_teach_segments_may_not_judge(
+    images: dict[str, Path], tmp_path: Path
+) -> None:
+    held = explora.pack(images["test"], tmp_path / "held").folder
+    for role in ("train", "test", "masks_test"):
+        explora.pack(images["train" if role == "train" else "test"], tmp_path / "shards" / role)
+    assert chain_data.leaks(tmp_path / "shards") == []
+    shutil.copytree(tmp_path / "shards/masks_test", tmp_path / "shards/masks_train")
+    said = [
+        "data.masks_test: 10 of its 10 images are in data.masks_train, too",
+        "data.test: 10 of its 10 images are in finetune.validation.shards, too",
+    ]
+    assert chain_data.leaks(tmp_path / "shards", str(held)) == said
+
+
+# Mistakes come before the work
+
+
+@pytest.fixture
+def tables(tmp_path: Path, images: dict[str, Path]) -> Callable[[str], dict[str, str]]:
+    """Make lists of the images with one more column, the numbers of the classes of each image; half are in a group."""
+
+    def write(column: str) -> dict[str, str]:
+        data = {"recipe": "table"}
+        for role in ("train", "test"):
+            lines = [f"path,{column},group"]
+            for number, path in enumerate(sorted(images[role].rglob("*.jpg"))):
+                labels = f"{number % 4};{number % 3}" if column == "labels" else str(number % 2)
+                lines.append(f"{path},{labels},{number % 2 or ''}")
+            (tmp_path / f"{role}.csv").write_text("\n".join(lines))
+            data[role] = str(tmp_path / f"{role}.csv")
+        return data
+
+    return write
+
+
+SEVERAL = {"evaluators": [{"name": "logreg_multi"}], "pictures": 0}
+
+
+def test_several_labels_are_refused_before_anything_is_packed(
+    tmp_path: Path, tables: Callable[[str], dict[str, str]], chaining: Make
+) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"probe": {}}, r"data\.test: the images of .* have several labels each, which linear, .* use .* logreg_multi"),
+        ({"finetune.objective.mixup": 0.8}, "mixup"),
+        ({"finetune.head_start": "probe"}, "head_start: .* several labels; use random"),
+        ({"finetune.order.balance": 0.5}, r"order\.balance: .* several labels .* set it to 0"),
+    ]
+    config = chaining(tmp_path / "run", data=tables("labels"), probe=SEVERAL)
+    config["finetune"] = {**config["finetune"], "objective": {"mixup": 0.0, "cutmix": 0.0}}
+    for changes, words in cases:
+        for verb in (explora.check, explora.run):
+            with pytest.raises(ExploraError, match=words):
+                verb(config, changes)
+    assert not (tmp_path / "run").exists()
+    assert explora.check(config).endswith("ready to run")
+    for role in ("train", "test"):  # packed sets say it, too
+        config["data"][role] = str(explora.pack(config["data"][role], tmp_path / role, "table").folder)
+    for changes, words in cases:
+        with pytest.raises(ExploraError, match=words):
+            explora.check(config, changes)
+
+
+def test_one_label_is_not_several(tmp_path: Path, images: dict[str, Path], chaining: Make) -> None:
+    data = {role: str(images[role]) for role in ("train", "test")}
+    config = chaining(tmp_path / "run", data=data, probe=SEVERAL)
+    for verb in (explora.check, explora.run):
+        with pytest.raises(DataError, match=r"data\.test: .* one label each, which logreg_multi cannot judge by"):
+            verb(config)
+    with pytest.raises(DataError, match=r"^data\.train: nowhere: no such folder"):
+        explora.run(config, {"data.train": "nowhere"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_groups_that_are_too_small_are_met_before_anything_is_trained(
+    tmp_path: Path, tables: Callable[[str], dict[str, str]], chaining: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(pipeline, "pretrain", lambda _: ran.append("pretrain"))
+    monkeypatch.setattr(pipeline, "finetune", lambda _: (_ for _ in ()).throw(Stop))
+    data = tables("label")
+    config = chaining(tmp_path / "run", data=data)
+    config["finetune"] = {**config["finetune"], "validation": {"metric": "worst_group"}}
+    with pytest.raises(DataError, match=r"validation\.metric: no group .* raise validation\.fraction"):
+        explora.run(config)
+    assert ran == []
+    assert (tmp_path / "run/shards/train/manifest.json").is_file()
+    with pytest.raises(DataError, match="no group"):
+        explora.check({**config, "data": {role: str(tmp_path / "run/shards" / role) for role in ("train", "test")}})
+    with pytest.raises(Stop):  # as advised, in the same folder
+        explora.run(config, {"finetune.validation.fraction": 0.8})
+    assert ran == ["pretrain"]
+
+
+def test_a_chain_in_which_no_stage_has_begun_may_change_all_but_its_data(
+    tmp_path: Path, images: dict[str, Path], chaining: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> None:
+        raise ConfigError("not so")
+
+    monkeypatch.setattr(pipeline, "pretrain", refuse)
+    config = chaining(tmp_path / "run", data={role: str(images[role]) for role in ("train", "test")})
+    for seed in (0, 1):
+        with pytest.raises(ConfigError, match="not so"):
+            explora.run(config, {"seed": seed})
+    with pytest.raises(RunError, match=r"shards: holds a run of another config:\n  test: "):
+        explora.run(config, {"data.test": str(images["source_test"])})
+    (tmp_path / "run/pretrain").mkdir()
+    (tmp_path / "run/pretrain/config.yaml").touch()
+    with pytest.raises(ConfigError, match="not so"):
+        explora.run(config, {"seed": 2})
+    with pytest.raises(RunError, match=r"run: holds a run of another config:\n  seed: 2 there, 3 now"):
+        explora.run(config, {"seed": 3})

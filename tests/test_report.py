@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
-import json
 import math
 import re
 from dataclasses import replace
@@ -19,12 +16,15 @@ from fake_run import CLASSES, MODELS, ROWS, N, Triple, make_run, result, write_j
 
 from explora.errors import RunError
 from explora.reporting import results_table, table, write_report
+from explora.reporting.classes import by_class
+from explora.reporting.figures import curves
 from explora.reporting.folder import read_chain
 from explora.reporting.map import aligned, centred, maps
 from explora.reporting.page import render
+from explora.reporting.pages import save_page
 from explora.reporting.rows import Column, Row, gather
 from explora.reporting.trust import grouped, trust
-from explora.reporting.words import column_name, duration, headline, points, verdict
+from explora.reporting.words import column_name, duration, footnotes, headline, points, verdict
 
 
 class Page(HTMLParser):
@@ -303,12 +303,14 @@ def test_names_of_evaluators() -> None:
         "knn_loo_test": "k-nearest neighbours within the test images",
         "fewshot_5_test": "5-shot linear probe within the test images",
         "fewshot_20": "20-shot linear probe",
-        "labels_10%": "linear probe with 10 % of the labels",
-        "labels_0.5%": "linear probe with 0.5 % of the labels",
+        "labels_10%": "logistic regression with 10 % of the labels",
+        "labels_0.5%": "logistic regression with 0.5 % of the labels",
         "linear_crops": "linear probe on random crops",
         "attentive": "attentive",
     }
     assert {key: column_name(Column(key, "top1")) for key in known} == known
+    ranked = Column("logreg_multi_lrap", "lrap")
+    assert column_name(ranked) == "logistic regression, a label at a time, label ranking"
 
 
 def grouped_rows() -> list[dict[str, Any]]:
@@ -351,18 +353,112 @@ def test_groups_and_calibration(run: Path) -> None:
     assert "Calibration" not in dict(trust(read_chain(run)))
 
 
-def test_downloads_hold_all_results(run: Path, text: str) -> None:
-    table, lines = (
-        base64.b64decode(found).decode() for found in re.findall(r'href="data:text/\w+;base64,(.*?)" download', text)
-    )
-    rows = {(row.model, row.data, row.evaluator): row for row in read_chain(run).rows}
-    found = list(csv.DictReader(io.StringIO(table)))
-    assert len(found) == len(rows) == len(ROWS)
-    for row in found:
-        own = rows[row["model"], row["data"], row["evaluator"]]
-        assert (float(row["value"]), int(row["n"])) == (own.value, own.n)
-        assert row["difference"] == ("" if own.difference is None else str(own.difference))
-    assert [json.loads(line)["value"] for line in lines.splitlines()] == [row.value for row in rows.values()]
+def segmented(difference: Triple = (4.8, 2.3, 7.3), classes: int = 2) -> list[dict[str, Any]]:
+    """Rows of a linear segmentation probe; each class gains a point more than the one before."""
+    rows = []
+    for model, value in (("baseline", 77.2), ("adapted", 82.0)):
+        row = result(model, "target", "linear_segmentation", value, difference if model == "adapted" else None)
+        gained = float(model == "adapted")
+        row |= {"data": "segmentation", "metric": "miou", "selected": {"lr": 0.01, "val_miou": value - 1}}
+        row["others"] = {"pixel_accuracy": value + 10, "fw_iou": value + 2}
+        row["per_class"] = {f"<ground {place}>": 70 + gained * place for place in range(classes)}
+        rows.append(row)
+    return rows
+
+
+def test_segmentation_is_a_data_set_of_its_own(tmp_path: Path) -> None:
+    run = slim(make_run(tmp_path, rows=[*ROWS, *segmented()]))
+    for role, images in (("masks_train", 40), ("masks_test", 24)):
+        manifest = {"name": "fields", "samples": images, "classes": None, "masks": ["grass", "water"]}
+        write_json(run / "shards" / role / "manifest.json", manifest | {"fingerprint": f"{images}abcdef"})
+    text = write_report(run).read_text(encoding="utf-8")
+    page, chain = Page(text), read_chain(run)
+    name, price = "linear segmentation probe, mean IoU", "−0.4 −1.9 to +1.1"
+    assert ["adapted", name, "77.2", "82.0", "+4.8 +2.3 to +7.3", "gain", price] in page.table("Model", "Evaluator")
+    assert "Change on fields" in page.text["dt"]
+    assert "Segmentation: fields" in page.text["h3"]  # the plot
+    assert page.table("Metric", "Baseline") == [
+        ["pixel accuracy", "87.2", "92.0"],
+        ["frequency-weighted IoU", "79.2", "84.0"],
+    ]
+    assert page.table("Class", "Baseline") == [["<ground 1>", "70.0", "71.0"], ["<ground 0>", "70.0", "70.0"]]
+    said = dict(trust(chain))
+    assert "masks_test: fields, 24 images, 2 classes, fingerprint 24abcdef" in said["Data"]
+    assert "and over 210 test images of fields" in said["Intervals"][0]
+    assert "linear_segmentation mean IoU" in table(run)
+
+
+def test_many_classes_keep_those_that_changed_most(run: Path) -> None:
+    chain = replace(read_chain(run), rows=[Row.of(row) for row in segmented(classes=50)])
+    (found,) = by_class(chain)
+    assert [name for name, _ in found.classes] == [f"<ground {place}>" for place in range(49, 19, -1)]
+    assert found.left == 20
+
+
+def test_label_ranking_is_explained(run: Path) -> None:
+    rows = [{**row, "metric": "lrap", "evaluator": "logreg_multi_lrap"} for row in ROWS[:2]]
+    chain = replace(read_chain(run), rows=[Row.of(row) for row in rows])
+    assert "raised label ranking on" in headline(chain)[0]
+    assert footnotes(chain, "target")[0].startswith("Label ranking is label-ranking average precision")
+
+
+def test_long_names_fit_a_terminal() -> None:
+    rows = [result("baseline", "target", name, 80.0, None) for name in ("logreg_multi_lrap", "knn_multi_lrap", "head")]
+    text = results_table([{**row, "metric": "lrap"} for row in rows])
+    assert max(map(len, text.splitlines())) <= 80
+    assert "logreg_multi label ranking" in text
+
+
+def test_selection_says_what_was_chosen(run: Path) -> None:
+    swept = {"c_range_start": -6.0, "c_range_stop": 5.0, "c_range_num": 12, "merge_val": True, "avgpool": False}
+    few = {"shots": 5, "draws": 3, "C": [1.0, 10.0, 1.0], "std_over_draws": 1.25}
+    grid = {"protocol": "cached", "lr": 0.02, "blocks": 4, "avgpool": True, "val_accuracy": 91.24}
+    each = {
+        "logreg": ({"C": 0.1, **swept, "blocks": 1, "val_accuracy": 90.0}, {"C": 1.0, **swept, "blocks": 1}),
+        "linear": (grid, grid),
+        "fewshot_5": (few, None),
+        "knn_loo": ({"k": 20, "leave_one_out": True}, None),
+    }
+    rows = [
+        {**result(model, "target", name, 80.0, None), "selected": chosen}
+        for name, both in each.items()
+        for model, chosen in zip(MODELS, both, strict=False)
+    ]
+    assert dict(trust(replace(read_chain(run), rows=[Row.of(row) for row in rows])))["Selection"][1:] == [
+        "Logistic regression (C of 12 from 10^-6 to 10^5): baseline C 0.1, class token, 90.0 % accuracy on validation "
+        "images; adapted C 1, class token",
+        "Linear probe: lr 0.02, class tokens of 4 blocks and mean patch, 91.2 % accuracy on validation images, the "
+        "same for all",
+        "5-shot linear probe: baseline C 1 / 10, standard deviation 1.2 over 3 draws",
+        "K-nearest neighbours, leave-one-out: baseline k 20",
+    ]
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 duplicate"), (2, "2 duplicates")])
+def test_duplicates_are_counted_in_english(run: Path, count: int, said: str) -> None:
+    chain = replace(read_chain(run), shards={"test": {"name": "scenes", "duplicates": count}})
+    assert dict(trust(chain))["Data"][0].endswith(f"; {said}")
+
+
+def test_curves_are_percent_under_readable_names() -> None:
+    row = {"steps": 20, "images": 8, "loss": 1.0, "train_accuracy": 0.5, "val_top1": 50.0, "grad_norm": 2.0, "own": 3.0}
+    found = curves([{"step": step, **{k: v * step for k, v in row.items()}} for step in (1, 2)])
+    names = ["loss", "training accuracy, %", "validation accuracy, %", "gradient norm", "own"]
+    assert [name for name, _ in found] == names
+    assert re.findall(r">([\d.]+)</text>", found[1][1]) == re.findall(r">([\d.]+)</text>", found[2][1])
+
+
+def test_downloads_are_the_files_of_the_probe(tmp_path: Path) -> None:
+    run = slim(make_run(tmp_path, rows=ROWS[:2]))
+
+    def downloads() -> dict[str, bytes]:
+        found = re.findall(r'href="data:text/\w+;base64,(.*?)" download="(.*?)"', render(read_chain(run)))
+        return {name: base64.b64decode(content) for content, name in found}
+
+    lines = (run / "probe/results.jsonl").read_bytes()
+    assert downloads() == {"results.jsonl": lines}
+    (run / "probe/results.csv").write_bytes(b"dataset,method\r\n\xc3\xa9,linear\r\n")
+    assert downloads() == {"results.csv": b"dataset,method\r\n\xc3\xa9,linear\r\n", "results.jsonl": lines}
 
 
 def test_maps_lie_alike(tmp_path: Path) -> None:
@@ -496,13 +592,12 @@ def test_no_run(tmp_path: Path) -> None:
 
 
 def test_unwritable_place_leaves_nothing(tmp_path: Path) -> None:
-    run = slim(make_run(tmp_path / "run"))
     (tmp_path / "taken").mkdir()
-    with pytest.raises(RunError, match="cannot write"):
-        write_report(run, tmp_path / "taken")
-    with pytest.raises(RunError, match="cannot write"):
-        write_report(run, run / "config.yaml" / "report.html")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "taken"]
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "taken", tmp_path / "file" / "report.html"):
+        with pytest.raises(RunError, match="cannot write"):
+            save_page(place, "a page")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
 
 
 def test_same_run_same_page(run: Path, text: str) -> None:

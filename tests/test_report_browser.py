@@ -14,9 +14,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 from fake_run import ROWS, make_run, watch, write_json
-from test_report import controlled, grouped_rows, with_sights
+from test_report import controlled, grouped_rows, segmented, with_sights
+from test_report_compare import make as make_comparison
+from test_report_side import seeded
 
-from explora.reporting import write_report
+from explora.reporting import write_leaderboard, write_report, write_side
 from explora.reporting.rows import Row, gather
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -40,6 +42,19 @@ const read = () => {
 };
 """
 """Run in the page itself, as a reader's clicks are."""
+
+
+FIT = """
+const paper = location.hash === "#paper";
+for (const sheet of paper ? document.styleSheets : []) for (const rule of sheet.cssRules)
+  if (rule.media?.mediaText === "print") rule.media.mediaText = "all";
+const cut = [...document.querySelectorAll(".wide, .scroll")].filter(box => box.scrollWidth > box.clientWidth);
+const shown = paper ? cut.map(box => `${box.scrollWidth}: ${box.textContent.slice(0, 40)}`) : [];
+const key = document.title + location.hash, wide = document.body.scrollWidth;
+parent.postMessage({key, wide, width: innerWidth, cut: shown}, "*");
+"""
+"""Whether all is inside the width of a telephone, or, with the rules for print turned on, of paper."""
+PHONE, PAPER = 390, 657  # A4 less two margins of 18 mm
 
 
 class Seen(NamedTuple):
@@ -75,7 +90,7 @@ def write(path: Path, text: str) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has all that a page can show."""
-    rows = [*grouped_rows(), *controlled(54.0, (4.0, 1.0, 7.0))]
+    rows = [*grouped_rows(), *controlled(54.0, (4.0, 1.0, 7.0)), *segmented()]
     run = with_sights(watch(make_run(tmp_path_factory.mktemp("browsed") / "run", rows=rows)))
     write_json(run / "shards/control/manifest.json", {"name": "streets", "samples": 100})
     write_report(run)
@@ -108,11 +123,42 @@ def phone(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return Seen(told(dom), screenshot[:, :390], folder)
 
 
+@pytest.fixture(scope="module")
+def fits(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What `FIT` tells of each kind of page, by its file's name and whether on a phone or on paper."""
+    folder = tmp_path_factory.mktemp("fits")
+    runs = [run, *(seeded(folder / f"seed{seed}", seed) for seed in range(3))]
+    pages = {
+        "report": run / "report.html",
+        "side": write_side(runs, folder / "side.html"),
+        "compare": write_leaderboard(make_comparison(folder / "grid")),
+    }
+    frames = []
+    for name, page in pages.items():
+        text = re.sub("<title>.*?</title>", f"<title>{name}</title>", page.read_text(encoding="utf-8"), count=1)
+        write(folder / f"{name}.html", text.replace("</body>", f"<script>{FIT}</script></body>"))
+        for where, width in (("phone", PHONE), ("paper", PAPER)):
+            frames.append(f'<iframe src="{name}.html#{where}" style="border: 0; width: {width}px"></iframe>')
+    listen = "addEventListener('message', ({data}) => { all[data.key] = data; told.textContent = JSON.stringify(all) })"
+    script = f"<script>const all = {{}}, told = document.querySelector('pre'); {listen}</script>"
+    around = f'<!doctype html><body><pre id="told" hidden></pre>{script}{"".join(frames)}</body>'
+    return told(browse(write(folder / "frames.html", around), folder, 800, 600)[0])
+
+
+@pytest.mark.parametrize("page", ["report", "side", "compare"])
+def test_pages_fit_phones_and_paper(page: str, fits: dict[str, dict[str, Any]]) -> None:
+    phone, paper = (fits[f"{page}#{where}"] for where in ("phone", "paper"))
+    assert (phone["width"], paper["width"]) == (PHONE, PAPER)
+    assert phone["wide"] <= PHONE
+    assert paper["wide"] <= PAPER
+    assert paper["cut"] == []
+
+
 def test_the_numbers_are_those_of_the_results(run: Path, desk: Seen) -> None:
     lines = (run / "probe" / "results.jsonl").read_text(encoding="utf-8").splitlines()
     found = gather(Row.of(json.loads(line)) for line in lines)
     rows = found.rows
-    assert len(desk.told["results"]) == len(rows) == len(ROWS) + 2
+    assert len(desk.told["results"]) == len(rows) == len(ROWS) + 4
     for cells, row in zip(desk.told["results"], rows, strict=True):
         assert cells[:4] == [row.data, str(found.models.index(row.model)), row.evaluator, row.metric]
         expected = [row.value, row.low, row.high, row.difference, row.difference_low, row.difference_high, row.n]

@@ -7,6 +7,7 @@ import random
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from test_report import Page
 import explora
 from explora.errors import RunError
 from explora.reporting.comparison import Change, is_comparison, read_comparison
-from explora.reporting.leaderboard import leaderboard_table, write_leaderboard
+from explora.reporting.leaderboard import leaderboard_table, write_leaderboard, write_plane
 from explora.reporting.plane import Dot, draw, front, place_labels, plane
 from explora.reporting.rows import Row
 
@@ -47,6 +48,7 @@ def row(entry: str, seed: int, model: str, data: str, evaluator: str, value: flo
         made |= {"difference_low": change - HALF[data], "difference_high": change + HALF[data]}
     trained = {"baseline": None, "adapted": 10 * GAINS[entry][0], "finetuned": GAINS[entry][0]}[model]
     method = {"baseline": None, "adapted": "explora", "finetuned": "lora"}[model]
+    made["objective"] = {"baseline": None, "adapted": "dinov2", "finetuned": "supervised"}[model]
     return {**made, "method": method, "trained_parameters": trained, "seconds": trained and 100.0 + seed}
 
 
@@ -64,7 +66,7 @@ def rows_of(seeds: tuple[int, ...] = (0, 1, 2)) -> list[dict[str, Any]]:
 
 
 def make(folder: Path, rows: list[dict[str, Any]] | None = None, **state: Any) -> Path:
-    """A comparison's folder; without state as the first version of `explora compare` left it."""
+    """A comparison's folder; comparison.json only with a state."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = rows_of() if rows is None else rows
     (folder / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in whole))
@@ -74,16 +76,21 @@ def make(folder: Path, rows: list[dict[str, Any]] | None = None, **state: Any) -
     for role, name in (("test", "ucmerced"), ("source_test", "source_test")):
         (folder / "shards" / role).mkdir(parents=True, exist_ok=True)
         (folder / "shards" / role / "manifest.json").write_text(json.dumps({"name": name}))
-    summary = folder / "first" / "seed0" / "pretrain" / "summary.json"
-    summary.parent.mkdir(parents=True, exist_ok=True)
-    summary.write_text(json.dumps({"objective": "dinov2"}))
     return folder
+
+
+def texts(page: Path) -> dict[str, str]:
+    return Page(page.read_text(encoding="utf-8")).text
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison that has finished, but for one run."""
-    made = make(tmp_path_factory.mktemp("runs") / "grid", failures={"frozen, seed 2": "out of <luck>"})
+    environment = {"command": "explora compare <grid>.yaml", "git": {"commit": "0123456789abcdef", "dirty": False}}
+    environment |= {"versions": {"torch": "2.13.0"}, "device": "one CPU", "started": "2026-11-21"}
+    shards = {"test": {"name": "ucmerced", "samples": 1000, "classes": ["a", "b"], "fingerprint": "8e86cb13" * 8}}
+    state = {"environment": environment, "shards": shards, "leaks": ["7 images of test are in train"]}
+    made = make(tmp_path_factory.mktemp("runs") / "grid", failures={"frozen, seed 2": "out of <luck>"}, **state)
     (made / "good" / "seed0").mkdir(parents=True)
     (made / "good" / "seed0" / "report.html").write_text("a page")
     write_leaderboard(made)
@@ -138,12 +145,13 @@ def test_what_the_page_says(folder: Path, page: Page) -> None:
     assert "No clear loss is not no loss" in page.text["li"]
     assert "out of <luck>" in page.text["div"]
     assert "good/seed0/report.html" in page.resources
-    assert [each for each in page.resources if not each.startswith("#")] == ["good/seed0/report.html"]
+    assert [each for each in page.resources if not each.startswith("#")] == ["good/seed0/report.html", "results.jsonl"]
     text = (folder / "compare.html").read_text(encoding="utf-8")
     assert text.count("<svg") == 2
     assert "the source data" in text  # shards that are called after their role say nothing
     elsewhere = write_leaderboard(folder, folder.parent / "other" / "board.html").read_text(encoding="utf-8")
     assert 'href="../grid/good/seed0/report.html"' in elsewhere
+    assert 'href="../grid/results.jsonl"' in elsewhere
     assert (folder.parent / "other" / "board.md").is_file()
 
 
@@ -177,8 +185,19 @@ def test_tables_read_back(folder: Path) -> None:
     assert text == [line for line in text if line.isascii()]
 
 
-def test_rows_of_the_first_version_are_read(tmp_path: Path) -> None:
-    path = make(tmp_path / "old", rows_of((0,)))
+def test_what_a_sceptic_asks(page: Page) -> None:
+    said = page.text["div"]
+    assert "test: ucmerced, 1,000 images, 2 classes, fingerprint 8e86cb138e86cb13" in said
+    assert "7 images of test are in train" in said
+    assert "0123456789ab" in said
+    assert "torch 2.13.0" in said
+    assert "one CPU, 2026-11-21" in said
+    assert "explora compare <grid>.yaml" in page.text["code"]
+
+
+def test_without_comparison_json(tmp_path: Path) -> None:
+    path = make(tmp_path / "rows", rows_of((0,)))
+    (path / "results.csv").write_text("entry\n")
     comparison = read_comparison(path)
     assert [(point.entry, point.family) for point in comparison.points] == [
         ("good", "labels"),
@@ -187,19 +206,31 @@ def test_rows_of_the_first_version_are_read(tmp_path: Path) -> None:
         ("first", "before"),
         ("frozen", "labels"),
     ]
-    assert (comparison.done, comparison.planned) == (4, 4)
-    said = Page(write_leaderboard(path).read_text(encoding="utf-8")).text
-    assert "One seed" in said["li"]
-    assert "runs are counted as they were found" in said["li"]
-    assert "seeds" not in said["small"]  # no interval over one seed
-    (path / "first" / "seed0" / "pretrain" / "summary.json").unlink()
-    assert "no labels (explora), then labels (lora)" in [point.learnt for point in read_comparison(path).points]
+    page = Page(write_leaderboard(path).read_text(encoding="utf-8"))
+    assert "One seed" in page.text["li"]
+    assert "Runs are counted as they were found" in page.text["li"]
+    assert "test: ucmerced" in page.text["div"]
+    assert "Command" not in page.text["dt"]
+    assert "seeds" not in page.text["small"]  # no interval over one seed
+    assert [each for each in page.resources if not each.startswith("#")] == ["results.jsonl", "results.csv"]
+    assert leaderboard_table(path).startswith("4 runs found, of a number not recorded\n")
+
+
+def test_a_comparison_that_has_not_finished_says_so(tmp_path: Path) -> None:
+    rows = [each for each in rows_of((0,)) if each["entry"] in ("good", "first")]
+    path = make(tmp_path / "part", rows, failures={})
+    text = texts(write_leaderboard(path))
+    assert text["h1"] == "2 of 3 models so far gain on ucmerced without a clear loss on the source data."
+    assert "Not finished: 2 of 12 runs done." in text["p"]
+    assert "2 of 12" in text["dd"]
+    assert (path / "compare.md").read_text().startswith("2 of 12 runs done.\n\n| entry |")
+    assert leaderboard_table(path).startswith("2 of 12 runs done\n")
 
 
 def test_parts_that_are_missing(tmp_path: Path) -> None:
     nothing = make(tmp_path / "nothing", [], failures={})
-    text = Page(write_leaderboard(nothing).read_text(encoding="utf-8")).text
-    assert text["h1"] == "0 of 12 runs are done; gain and retention are not measured yet."
+    text = texts(write_leaderboard(nothing))
+    assert text["h1"] == "0 of 12 runs done; gain and retention are not measured yet."
     assert "12 of 12 runs: the same command goes on with them." in text["li"]
     target = [each for each in rows_of((0,)) if each["data"] == "target"]
     page = write_leaderboard(make(tmp_path / "target", target)).read_text(encoding="utf-8")
@@ -217,15 +248,17 @@ def test_folders_that_hold_no_comparison(tmp_path: Path, caplog: pytest.LogCaptu
     probe.mkdir()
     (probe / "results.jsonl").write_text('{"model": "baseline", "data": "target"}\n')
     assert not is_comparison(probe)
+    assert not is_comparison(tmp_path)
     with pytest.raises(RunError, match="give the folder that `explora compare` wrote"):
         write_leaderboard(probe)
+    (probe / "shards").mkdir()
     for damage in ('{"entry": "a"', '{"entry": "a", "seed": 0}', '{"entry": "a", "seed": 0, "method": 1}'):
         (probe / "results.jsonl").write_text(damage)
         with pytest.raises(RunError, match="is damaged"):
             write_leaderboard(probe)
     caplog.set_level("INFO", "explora")
     assert explora.report(make(tmp_path / "grid")) == tmp_path / "grid" / "compare.html"
-    assert "12 of 12 runs done" in caplog.text
+    assert "12 runs found" in caplog.text
 
 
 def change(value: float, half: float, seeds: tuple[float, ...] = ()) -> Change:
@@ -239,6 +272,7 @@ def dots(count: int, seed: int = 0) -> list[Dot]:
         Dot(
             f"entry_{number}",
             families[number % 3],  # type: ignore[arg-type]
+            ("", "dinov2", "mae")[number % 3],
             10 ** rng.randint(2, 6),
             change(x := rng.uniform(0, 15), 3, (x - 1, x + 1)),
             change(y := rng.uniform(-15, 2), 2, (y + 1, y - 1)),
@@ -255,9 +289,11 @@ def test_the_plane_has_a_point_for_each_entry() -> None:
     (axes,) = figure.axes
     marks = [line for line in axes.lines if line.get_gid() == "dot"]
     places = [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in marks]  # type: ignore[index]
-    assert places == [(dot.gain.value, dot.kept.value) for dot in shown]
+    assert sorted(places) == sorted((dot.gain.value, dot.kept.value) for dot in shown)
     areas = [line.get_markersize() ** 2 for line in marks]
-    large = [(area, dot.trained) for area, dot in zip(areas, shown, strict=True) if dot.trained >= 10**4]
+    assert areas == sorted(areas, reverse=True)  # small ones over large ones
+    trained = {(dot.gain.value, dot.kept.value): dot.trained for dot in shown}
+    large = [(area, trained[place]) for area, place in zip(areas, places, strict=True) if trained[place] >= 10**4]
     assert len({round(area / trained**0.5, 9) for area, trained in large}) == 1  # areas grow with the square root
     assert sum(line.get_gid() == "seed" for line in axes.lines) == 2 * len(shown)
     assert {text.get_text() for text in axes.texts} == {*(dot.label for dot in shown), "unadapted"}
@@ -271,10 +307,37 @@ def test_the_plane_has_a_point_for_each_entry() -> None:
     )
 
 
+def legends(shown: list[Dot]) -> list[str]:
+    figure = Figure((7.6, 5.2))
+    FigureCanvasSVG(figure)
+    draw(figure, shown, "gain", "kept")
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def test_the_legend_names_what_occurs() -> None:
+    def trained(*counts: int) -> list[str]:
+        shown = [Dot(str(count), "labels", "", count, change(1, 1), change(0, 1)) for count in counts]
+        return legends(shown)[2:]
+
+    assert trained(0) == []
+    assert trained(0, 500) == ["parameters trained:", "500"]
+    assert trained(36_864, 100_000, 200_000, 0) == ["parameters trained:", "36,864", "200,000"]
+    assert trained(100, 2_000, 90_000, 1_000_000) == ["parameters trained:", "100", "2,000", "1,000,000"]
+    said = ["labels only", "dinov2 or mae, then labels", "dinov2 or mae alone", "nothing beats these"]
+    assert legends(dots(6))[:4] == said
+
+
 def test_the_plane_of_one_untrained_entry() -> None:
-    still = Dot("frozen", "labels", 0, change(0, 0), change(0, 0))
+    still = Dot("frozen", "labels", "", 0, change(0, 0), change(0, 0))
     assert "frozen" in plane("one", [still], "gain", "kept")
     assert "frozen" in plane("one", [still], "gain", "kept", small=True)
+    figure = Figure((6, 4))
+    FigureCanvasSVG(figure)
+    draw(figure, [still, still._replace(label="full", trained=10**6)], "gain", "kept")
+    cross, *_, dot = [line for line in figure.axes[0].lines if line.get_marker() in ("+", "o")]
+    assert dot.get_gid() == "dot"  # over the cross, which reaches beyond it
+    assert cross.get_marker() == "+"
+    assert cross.get_markersize() > 2 * dot.get_markersize()
 
 
 def test_the_front_by_its_definition() -> None:
@@ -283,9 +346,36 @@ def test_the_front_by_its_definition() -> None:
         values = rng.integers(-4, 5, (count, 2)).astype(float)
         expected = []
         for x, y in values:
-            rivals = [*values.tolist(), [0.0, 0.0]]
-            expected.append(not any(a >= x and b >= y and (a > x or b > y) for a, b in rivals))
+            rivals = values.tolist()
+            beaten = any(a >= x and b >= y and (a > x or b > y) for a, b in rivals)
+            expected.append(not beaten and not (x <= 0 and y <= 0))
         assert front(values).tolist() == expected
+    assert front(np.zeros((1, 2))).tolist() == [False]  # what equals the unadapted backbone is no choice
+
+
+def test_what_equals_the_unadapted_backbone_is_no_choice(tmp_path: Path) -> None:
+    rows = [each for each in rows_of((1,)) if each["entry"] == "frozen"]
+    for each in rows:
+        if each["difference"] is not None:
+            each |= dict.fromkeys(("difference", "difference_low", "difference_high"), 0.0)
+    said = leaderboard_table(make(tmp_path / "still", rows))
+    assert "None to choose: no model on the front (the unadapted backbone alone)" in said
+
+
+def test_the_figure_by_itself(folder: Path, tmp_path: Path) -> None:
+    path = write_plane(folder, tmp_path / "docs" / "plane.svg")
+    root = ElementTree.parse(path).getroot()
+    assert (root.get("width"), root.get("height")) == ("900", "560")
+    _, _, width, _ = map(float, str(root.get("viewBox")).split())
+    text = path.read_text(encoding="utf-8")
+    assert "var(" not in text
+    assert all(entry in text for entry in GAINS)
+    sizes = [float(found) for found in re.findall(r"font-size: ([\d.]+)px", text)]
+    assert min(sizes) * 900 / width >= 9 * 96 / 72  # points as CSS counts them
+    first = next(root.iter("{http://www.w3.org/2000/svg}path"))
+    assert "#ffffff" in str(first.get("style"))  # the ground
+    with pytest.raises(RunError, match="no model was judged on both"):
+        write_plane(make(tmp_path / "none", []), tmp_path / "none.svg")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -327,6 +417,9 @@ def test_intervals_over_images_are_no_narrower_than_of_the_pooled_scores() -> No
     assert found.low < low
     assert found.high > high
     assert found.high - found.low < 1.5 * (high - low)
+    seeds = list(found.seeds.values())
+    expected = stats.t.interval(0.95, len(seeds) - 1, loc=np.mean(seeds), scale=stats.sem(seeds))
+    assert found.over_seeds == pytest.approx(expected, abs=1e-9)
     only = Change.of({0: rows[0]})
     assert only is not None
     assert only.over_seeds is None

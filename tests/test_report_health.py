@@ -64,8 +64,8 @@ def test_a_run_of_mae_has_no_prototypes(tmp_path: Path) -> None:
     (run / "pretrain" / "config.yaml").write_text("objective: {name: mae, norm_pixels: true}\n")
     text = write_report(run).read_text(encoding="utf-8")
     shown = section(text)
-    assert "<figcaption>loss</figcaption>" in text
-    assert "<figcaption>reconstruction</figcaption>" not in text
+    assert "<figcaption>Loss</figcaption>" in text
+    assert "<figcaption>Reconstruction</figcaption>" not in text
     assert shown.count("MAE&#39;s loss does not train the class token directly") == 2
     assert re.findall("<h3>(.*?)</h3>", shown) == ["kNN, %", "RankMe", "Explained, %", "What the model fills in"]
     assert "kNN was 50.0 % at the end as before the first step. No later step was better than the start." in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from fake_run import make_run, result, write_json
 from scipy import stats
-from test_report import Page
+from test_report import Page, segmented
 
 from explora.errors import RunError
 from explora.reporting.side import write_side
@@ -55,7 +56,9 @@ def test_seeds_of_one_setting_have_an_interval_of_their_own(seeds: list[Path], t
     rows = page.table(*heads)
     assert rows[0] == ["baseline", "linear probe", "80.0", "80.0", "80.0", "80.0"]
     each = [f"{80 + gain:.1f} {gain:+.1f} ({gain - 1.5:+.1f} to {gain + 1.5:+.1f})" for gain in GAINS]
-    assert rows[1] == ["adapted", "linear probe", *each, f"84.5 {over_seeds(GAINS)}"]
+    each.append(f"84.5 {over_seeds(GAINS)}")
+    prices = [f"cifar10 {loss:+.1f}".replace("-", "−") for loss in (*LOSSES, np.mean(LOSSES))]
+    assert rows[1] == ["adapted", "linear probe", *map(" ".join, zip(each, prices, strict=True))]
     assert rows[3][:2] + rows[3][5:] == ["adapted", "k-nearest neighbours", f"69.9 {over_seeds(LOSSES)}"]
     assert page.text["h1"] == "Adaptation raised accuracy on ucmerced by 4.5 points, over 3 seeds."
     lead = f"Ucmerced: {over_seeds(GAINS).replace(' ', ' points ', 1)} by linear probe."
@@ -77,7 +80,7 @@ def test_other_settings_stand_beside(seeds: list[Path], tmp_path: Path) -> None:
     page, _ = page_of(*seeds[:2], other, out=tmp_path / "pages" / "side.html")
     assert page.text["h1"] == "2 settings, 3 runs, side by side."
     heads = ["Model", "Evaluator", "seed0", "seed1", "Setting 1: mean of 2 seeds", "wide"]
-    assert page.table(*heads)[1][-1] == "89.0 +9.0 (+7.5 to +10.5)"
+    assert page.table(*heads)[1][-1] == "89.0 +9.0 (+7.5 to +10.5) cifar10 −1.0"
     assert page.table("Key", "seed0, seed1", "wide") == [
         ["pretrain.adapt.rank", "8", "64"],
         ["note", "–", "<script>bad()</script>"],
@@ -87,6 +90,25 @@ def test_other_settings_stand_beside(seeds: list[Path], tmp_path: Path) -> None:
     (other / "report.html").touch()
     page, _ = page_of(seeds[0], other, out=tmp_path / "pages" / "side.html")
     assert [address for address in page.resources if "report.html" in address] == ["../wide/report.html"]
+
+
+def test_what_differs_says_what_it_leaves_out(tmp_path: Path) -> None:
+    keys = [{f"key{number:02d}": value for number in range(43)} for value in (1, 2)]
+    runs = [seeded(tmp_path / f"run{place}", 0, **own) for place, own in enumerate(keys)]
+    page, _ = page_of(*runs, out=tmp_path / "side.html")
+    assert len(page.table("Key")) == 40
+    assert "3 more keys differ" in page.text["p"]
+
+
+def test_segmentation_has_a_table_of_its_own(seeds: list[Path], tmp_path: Path) -> None:
+    other = seeded(tmp_path / "masked", 1)
+    with (other / "probe" / "results.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in segmented())
+    page, text = page_of(seeds[0], other, out=tmp_path / "side.html")
+    rows = page.table("Model", "Evaluator")
+    own = ["adapted", "linear segmentation probe, mean IoU", "–", "82.0 +4.8 (+2.3 to +7.3) cifar10 −1.0"]
+    assert own in [row[:4] for row in rows]
+    assert text.count("<svg") == 3
 
 
 def test_a_seed_again_says_nothing_about_seeds(seeds: list[Path], tmp_path: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from explora.config import Config
@@ -141,20 +139,6 @@ def interval(scores: np.ndarray, draws: int = DRAWS, seed: int = 0) -> tuple[flo
     means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(draws)]
     low, high = 100 * np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float, float] | None:
-    """Mean of one number over k training seeds with its 95 % t interval, k - 1 degrees of freedom; None below two.
-
-    Source: Student 1908. It covers the luck of a seed on the same test images, and `interval` the choice of images
-    at one seed: neither holds the other, so the two are shown apart and never pooled.
-    """
-    if len(values) < 2:
-        return None
-    found = np.asarray(values, dtype=np.float64)
-    mean = float(found.mean())
-    half = float(stdtrit(len(found) - 1, 0.975) * found.std(ddof=1) / math.sqrt(len(found)))
-    return mean, mean - half, mean + half
 
 
 def paired(scores_a: np.ndarray, scores_b: np.ndarray) -> tuple[float, float, float]:

@@ -9,6 +9,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 _BOUNDS = (1e-3, 1e3)
+_ERRORS = ("ece", "rms_ce", "mce")
 
 
 def calibration(
@@ -16,18 +17,26 @@ def calibration(
 ) -> dict[str, float]:
     """Calibration errors of the most likely class on test images, in [0, 1], under the names of torchgeo-bench.
 
-    Takes logits (M, C) and labels (M,) as places in their columns, and (N, C), (N,) of test images. Returns `ece`,
-    `rms_ce` and `mce` (see `errors`), the same with `_ts` after dividing the test logits by `temperature`, which
-    was fitted on the validation images alone, and `calibration_n_bins`.
+    Takes logits (M, C) and labels (M,) as places in their columns, and (N, C), (N,) of test images. Returns what
+    `plain_calibration` does, the same errors with `_ts` after dividing the test logits by `temperature`, which was
+    fitted on the validation images alone; without these where validation images are all right, which fits none.
 
     Source: Guo et al. 2017.
     """
-    temperature = fit_temperature(val_logits, val_labels)
-    names = ("ece", "rms_ce", "mce")
-    plain = zip(names, errors(test_logits, test_labels, bins), strict=True)
-    scaled = zip(names, errors(test_logits.double() / temperature, test_labels, bins), strict=True)
-    found = dict(plain) | {f"{name}_ts": value for name, value in scaled}
-    return {**found, "temperature": temperature, "calibration_n_bins": bins}
+    plain, temperature = plain_calibration(test_logits, test_labels, bins), fit_temperature(val_logits, val_labels)
+    if temperature is None:
+        return plain
+    scaled = errors(test_logits.double() / temperature, test_labels, bins)
+    after = {f"{name}_ts": value for name, value in zip(_ERRORS, scaled, strict=True)}
+    return {**plain, **after, "temperature": temperature}
+
+
+def plain_calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, float]:
+    """`ece`, `rms_ce` and `mce` (see `errors`) of logits (N, C) as they are, and `calibration_n_bins`.
+
+    For heads without validation images that they have not learnt from, so that no temperature can be fitted.
+    """
+    return {**dict(zip(_ERRORS, errors(logits, labels, bins), strict=True)), "calibration_n_bins": bins}
 
 
 def errors(logits: Tensor, labels: Tensor, bins: int) -> tuple[float, float, float]:
@@ -45,11 +54,11 @@ def errors(logits: Tensor, labels: Tensor, bins: int) -> tuple[float, float, flo
     return float((share * gaps).sum()), math.sqrt(float((share * gaps**2).sum())), float(gaps.max())
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """The temperature T between 0.001 and 1000 whose softmax(logits / T) gives labels (M,) the best likelihood.
 
-    The likelihood is concave in 1 / T, so its slope has one root. Images that are all right with any T have no best
-    one, as sharper is always better: they say nothing of overconfidence, and T is 1.
+    The likelihood is concave in 1 / T, so its slope has one root. Images that are all right have no best T, as sharper
+    is always better: they say nothing of overconfidence, and the result is None.
     """
     gaps = logits.double() - logits.double().gather(1, labels[:, None])
 
@@ -58,8 +67,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         return float(((sharpness * gaps).softmax(1) * gaps).sum(1).mean())
 
     sharpest, flattest = 1 / _BOUNDS[0], 1 / _BOUNDS[1]
+    if bool((gaps <= 0).all()):
+        return None
     if slope(sharpest) <= 0:
-        return 1.0
+        return _BOUNDS[0]
     if slope(flattest) >= 0:
         return _BOUNDS[1]
     return 1 / float(brentq(slope, flattest, sharpest, xtol=1e-12, rtol=1e-12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -14,6 +15,8 @@ from explora.evaluation.base import Evaluator, Result, known_classes
 from explora.evaluation.features import Features
 from explora.evaluation.logreg import Sweep
 
+logger = logging.getLogger("explora")
+
 
 class LabelFraction(Sweep, Evaluator):
     """Mean accuracy of logistic regression fitted on a fraction of train and val, over draws of that fraction.
@@ -22,7 +25,8 @@ class LabelFraction(Sweep, Evaluator):
     part of train is judged on all of val, which chooses C; at that C it is refit on both drawn parts. So the test
     images choose nothing, all of val's labels choose one number, and at fraction 1 this is `logreg`. Images are drawn
     by seed and label alone, so all backbones see the same ones. The interval covers the choice of test images, not
-    of the draws, whose standard deviation is `std_over_draws` of `selected`.
+    of the draws, whose standard deviation is `std_over_draws` of `selected`. A fraction that is less than half an image
+    a class is rounded up to more than it says: that is warned of, and `images` of `selected` counts those of a draw.
     """
 
     name: Literal["labels"] = "labels"
@@ -51,10 +55,16 @@ class LabelFraction(Sweep, Evaluator):
             few = train.take(stratified(train.labels, self.fraction, seed, at_least=1))
             chosen = self.choose(few, val, known)
             more = val.take(stratified(val.labels, self.fraction, seed, at_least=0))
-            fit = self.problem(few.join(more), known).solve(chosen.c, chosen.fit)
+            both = few.join(more)
+            fit = self.problem(both, known).solve(chosen.c, chosen.fit)
             scores.append((known[fit.predict(x_test)] == test.labels).double().numpy())
             chosen_c.append(chosen.c)
-        selected = {"fraction": self.fraction, "draws": draws, "C": chosen_c, **self.range}
+        if len(few) > 2 * self.fraction * len(train):
+            logger.warning(
+                "%s: learns from %d images, one of each class at least, which is %.2g %% of the %d there are",
+                *(self.label, len(both), 100 * len(both) / (len(train) + len(val)), len(train) + len(val)),
+            )
+        selected = {"fraction": self.fraction, "images": len(both), "draws": draws, "C": chosen_c, **self.range}
         selected["std_over_draws"] = spread([100 * float(one.mean()) for one in scores])
         yield Result.over(self.label, np.mean(scores, axis=0), selected)
 

@@ -77,8 +77,8 @@ def paired_worst(
     Raises:
         DataError: not one group number and one score of each model for each image.
     """
-    members = _members(groups, names, len(scores_a), len(scores_b)).values()
-    pairs = [np.stack([scores_a[own], scores_b[own]]).astype(np.float64) for own in members if len(own) >= least]
+    large = _members(groups, names, len(scores_a), len(scores_b), least=least).values()
+    pairs = [np.stack([scores_a[own], scores_b[own]]).astype(np.float64) for own in large]
     if not pairs:
         return None
     rng = np.random.default_rng(0)
@@ -95,9 +95,14 @@ def _means(pair: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.array([pair[:, rng.integers(0, n, n)].mean(axis=1) for _ in range(DRAWS)])
 
 
-def _members(groups: np.ndarray, names: Sequence[str], *scores: int) -> dict[str, np.ndarray]:
-    """Where the images of each group are, by name, of groups that have any."""
+def members(groups: np.ndarray, names: Sequence[str], least: int = LEAST) -> dict[str, np.ndarray]:
+    """Where in group numbers (N,) the images of each group are, by name, of groups that have `least` of them."""
+    places = {name: np.flatnonzero(groups == number) for number, name in enumerate(names)}
+    return {name: own for name, own in places.items() if len(own) >= least}
+
+
+def _members(groups: np.ndarray, names: Sequence[str], *scores: int, least: int = 1) -> dict[str, np.ndarray]:
+    """`members` of images that have so many scores."""
     if set(scores) != {len(groups)}:
         raise DataError(f"{' and '.join(map(str, scores))} scores, but {len(groups)} images with group numbers")
-    places = {name: np.flatnonzero(groups == number) for number, name in enumerate(names)}
-    return {name: own for name, own in places.items() if len(own)}
+    return members(groups, names, least)

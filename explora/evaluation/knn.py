@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from explora.config import Config
 from explora.errors import DataError
 from explora.evaluation.base import Evaluator, Result, accuracy, encode, known_classes
 from explora.evaluation.features import Features
@@ -17,7 +18,47 @@ from explora.evaluation.features import Features
 PAIRS_AT_ONCE = 2**24
 
 
-class KNN(Evaluator):
+class Neighbours(Config):
+    """Which neighbours vote, and how much each vote counts."""
+
+    k: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
+    """How many neighbours vote; of several that the images suffice for, the best on validation is used."""
+    temperature: float = Field(default=0.07, gt=0)
+    """A neighbour votes with weight exp(similarity / temperature)."""
+    weighted: bool = True
+    """Whether nearer neighbours count more; otherwise all k votes are equal."""
+
+    def fitting(self, available: int) -> list[int]:
+        """The values of k that so many images suffice for.
+
+        Raises:
+            DataError: there is none.
+        """
+        fitting = [k for k in self.k if k <= available]
+        if not fitting:
+            raise DataError(f"k {min(self.k)} is more than the {available} images to choose neighbours from; lower it")
+        return fitting
+
+    def neighbours(self, bank: Features, queries: Features | None, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For some queries at a time the places (M, most) of the nearest in the bank, and the weights of their votes.
+
+        Without queries those of the bank's own images, none its own neighbour. Equally near ones come in the bank's
+        order.
+        """
+        keys = normalize(bank.matrix(), dim=1)
+        wanted = keys if queries is None else normalize(queries.matrix(), dim=1)
+        size = max(1, PAIRS_AT_ONCE // len(keys))
+        for first in range(0, len(wanted), size):
+            similarity = wanted[first : first + size] @ keys.T
+            if queries is None:
+                similarity.diagonal(first).fill_(-torch.inf)
+            values, nearest = largest(similarity, most)
+            # the largest exponent is 0, so a small temperature cannot overflow
+            powers = (values - values[:, :1]) / self.temperature
+            yield nearest, powers.exp() if self.weighted else torch.ones_like(powers)
+
+
+class KNN(Neighbours, Evaluator):
     """k-nearest-neighbour vote by cosine similarity of the last class token.
 
     Source: Wu et al. 2018, Caron et al. 2021 (DINO), Oquab et al. 2023 (DINOv2).
@@ -25,12 +66,6 @@ class KNN(Evaluator):
 
     name: Literal["knn"] = "knn"
     """Picks this evaluator."""
-    k: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
-    """How many neighbours vote; of several that the images suffice for, the best on validation is used."""
-    temperature: float = Field(default=0.07, gt=0)
-    """A neighbour votes with weight exp(similarity / temperature)."""
-    weighted: bool = True
-    """Whether nearer neighbours count more; otherwise all k votes are equal."""
     leave_one_out: bool = False
     """Whether every image of train, val and test is scored against all others (`knn_loo`); takes a single k."""
 
@@ -68,7 +103,7 @@ class KNN(Evaluator):
         bank = train.join(val)
         if self.leave_one_out:
             images = test if self.held_out else bank.join(test)
-            k = self._fitting(len(images) - 1)[0]
+            k = self.fitting(len(images) - 1)[0]
             predictions = self.predict(images, None, known, [k])[0]
             selected: dict[str, Any] = {"k": k, "leave_one_out": True}
         else:
@@ -82,35 +117,18 @@ class KNN(Evaluator):
 
         Equally near neighbours enter in the bank's order; of equal votes the lowest label wins.
         """
-        keys = normalize(bank.matrix(), dim=1)
-        wanted = keys if queries is None else normalize(queries.matrix(), dim=1)
         classes = encode(known, bank.labels)
-        size = max(1, PAIRS_AT_ONCE // len(keys))
-        found = []
-        for first in range(0, len(wanted), size):
-            similarity = wanted[first : first + size] @ keys.T
-            if queries is None:
-                similarity.diagonal(first).fill_(-torch.inf)
-            values, nearest = largest(similarity, max(k))
-            # the largest exponent is 0, so a small temperature cannot overflow
-            logits = (values - values[:, :1]) / self.temperature
-            weights = logits.exp() if self.weighted else torch.ones_like(logits)
-            found.append(_vote(weights, classes[nearest], len(known), k))
+        voters = self.neighbours(bank, queries, max(k))
+        found = [_vote(weights, classes[nearest], len(known), k) for nearest, weights in voters]
         return known[torch.cat(found, dim=1)]
 
     def _choose(self, train: Features, val: Features, known: Tensor) -> dict[str, Any]:
         if len(self.k) == 1:
-            return {"k": self._fitting(len(train) + len(val))[0]}
-        candidates = self._fitting(len(train))
+            return {"k": self.fitting(len(train) + len(val))[0]}
+        candidates = self.fitting(len(train))
         accuracies = [accuracy(p, val.labels) for p in self.predict(train, val, known, candidates)]
         best = max(accuracies)
         return {"k": candidates[accuracies.index(best)], "val_accuracy": best}
-
-    def _fitting(self, available: int) -> list[int]:
-        fitting = [k for k in self.k if k <= available]
-        if not fitting:
-            raise DataError(f"k {min(self.k)} is more than the {available} images to choose neighbours from; lower it")
-        return fitting
 
 
 def _vote(weights: Tensor, labels: Tensor, classes: int, k: Sequence[int]) -> Tensor:

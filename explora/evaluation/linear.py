@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from explora.config import Config
 from explora.evaluation.base import Evaluator, Result, accuracy, encode, known_classes
@@ -186,14 +187,15 @@ def descend(
 
 
 def choose(fits: Sequence[Heads], inputs: Sequence[Input], rates: Sequence[float], val: Features, y: Tensor) -> Chosen:
-    """The first of the heads that are most often right on `val`, whose classes have the places y (M,)."""
+    """The head most often right on `val`, whose classes have the places y (M,); of equals that of the least loss."""
     best: Chosen | None = None
+    least = math.inf
     for one, (weights, biases) in zip(inputs, fits, strict=True):
         x = val.matrix(*one)
         for rate, weight, bias in zip(rates, weights, biases, strict=True):
             logits = torch.addmm(bias, x, weight.T)
-            right = accuracy(logits.argmax(1), y)
-            if best is None or right > best.accuracy:
-                best = Chosen(one, rate, weight, bias, logits, right)
+            right, loss = accuracy(logits.argmax(1), y), float(cross_entropy(logits, y))
+            if best is None or (right, -loss) > (best.accuracy, -least):
+                best, least = Chosen(one, rate, weight, bias, logits, right), loss
     assert best is not None
     return best

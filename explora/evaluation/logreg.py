@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from explora.config import Config
 from explora.evaluation.base import Evaluator, Result, accuracy, encode, known_classes
@@ -43,21 +44,28 @@ class Sweep(Config):
             raise ValueError("c_range_stop is below c_range_start; the sweep goes from the smallest C to the largest")
         return self
 
+    @property
+    def values(self) -> list[float]:
+        """The values of C, from the smallest on."""
+        return np.logspace(self.c_range_start, self.c_range_stop, self.grid).tolist()
+
     def problem(self, features: Features, known: Tensor) -> Problem:
         """Logistic regression on features as they are, of the sorted labels `known` (C,)."""
         return Problem(features.matrix(self.blocks, self.avgpool), encode(known, features.labels), len(known))
 
     def choose(self, train: Features, val: Features, known: Tensor) -> Chosen:
-        """The fit on `train`, and its C, that is most often right on `val`; of equals the one with the smallest C.
+        """The fit on `train`, and its C, that is most often right on `val`; of equals that of the least loss there.
 
-        Each fit begins from that of the C before.
+        The smallest C of equals would be right by probabilities that are nearly uniform.
         """
         x_val, y_val = val.matrix(self.blocks, self.avgpool), encode(known, val.labels)
-        problem, path, start = self.problem(train, known), [], None
-        for c in np.logspace(self.c_range_start, self.c_range_stop, self.grid).tolist():
-            start = problem.solve(c, start)
-            path.append(Chosen(c, accuracy(start.predict(x_val), y_val), start))
-        return max(path, key=lambda one: one.accuracy)
+        path = self.problem(train, known).path(self.values)
+        found = []
+        for c, fit in path:
+            logits = fit.logits(x_val)
+            found.append((accuracy(logits.argmax(1), y_val), -float(cross_entropy(logits, y_val)), c, fit))
+        right, _, c, fit = max(found, key=lambda one: one[:2])
+        return Chosen(c, right, fit)
 
     def selected(self, chosen: Chosen) -> dict[str, Any]:
         """What a result says of the choice."""
@@ -161,11 +169,22 @@ class Problem:
         weight = weight * scale @ self._axes.T
         return Fit(weight, bias[:, 0] - weight @ self._center)
 
+    def path(self, values: Iterable[float]) -> Iterator[tuple[float, Fit]]:
+        """Each C of `values` and its fit, which begins from that of the C before."""
+        fit = None
+        for c in values:
+            fit = self.solve(c, fit)
+            yield c, fit
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows (M, K) of x at a time, and their columns (1 or C, M) of what is to be predicted."""
+        return zip(self._x.split(_ROWS_AT_ONCE), self._y.split(_ROWS_AT_ONCE, dim=1), strict=True)
+
     def _cross_entropy(self, weight: Tensor, bias: Tensor) -> tuple[float, Tensor]:
         """Mean cross-entropy under weight (C, K), bias (C, 1), and its derivatives (C, K + 1)."""
         loss, slope = 0.0, torch.zeros(len(weight), weight.shape[1] + 1, dtype=torch.float64)
         true = -torch.ones(1, 1, dtype=torch.float64)
-        for x, y in zip(self._x.split(_ROWS_AT_ONCE), self._y.split(_ROWS_AT_ONCE, dim=1), strict=True):
+        for x, y in self._pieces():
             # images come last, so that the softmax over classes runs along contiguous memory
             log_odds = torch.addmm(bias, weight, x.T).log_softmax(0)
             loss -= float(log_odds.gather(0, y).sum())

@@ -7,15 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import softplus
 
 from explora.errors import DataError
 from explora.evaluation.base import Evaluator, Result
 from explora.evaluation.features import Features
-from explora.evaluation.knn import PAIRS_AT_ONCE, largest
-from explora.evaluation.logreg import _ROWS_AT_ONCE, Chosen, Problem, Sweep
+from explora.evaluation.knn import Neighbours
+from explora.evaluation.logreg import Chosen, Problem, Sweep
 from explora.evaluation.resampling import Resampled
 
 _CELLS_AT_ONCE = 2**24
@@ -41,11 +40,9 @@ class MultiLabelLogReg(Sweep, Evaluator):
     def choose(self, train: Features, val: Features, known: Tensor) -> Chosen:
         """The fit on `train`, and its C, with the largest micro-mAP, in percent, on `val`; of equals the smallest C."""
         x_val, y_val = val.matrix(self.blocks, self.avgpool), val.labels[:, known].numpy()
-        problem, path, start = self.problem(train, known), [], None
-        for c in np.logspace(self.c_range_start, self.c_range_stop, self.grid).tolist():
-            start = problem.solve(c, start)
-            path.append(Chosen(c, 100 * micro_map(start.logits(x_val).numpy(), y_val), start))
-        return max(path, key=lambda one: one.accuracy)
+        path = self.problem(train, known).path(self.values)
+        found = [Chosen(c, 100 * micro_map(fit.logits(x_val).numpy(), y_val), fit) for c, fit in path]
+        return max(found, key=lambda one: one.accuracy)
 
     def selected(self, chosen: Chosen) -> dict[str, Any]:
         """What a result says of the choice."""
@@ -70,12 +67,12 @@ class OneVsRest(Problem):
 
     def __init__(self, x: Tensor, targets: Tensor) -> None:
         super().__init__(x, targets, targets.shape[1])
-        self._targets = targets.T.to(self._x.dtype)
+        self._y = targets.T.to(self._x.dtype)
 
     def _cross_entropy(self, weight: Tensor, bias: Tensor) -> tuple[float, Tensor]:
         """Sum over classes of their mean cross-entropy under weight (C, K), bias (C, 1), and derivatives (C, K + 1)."""
         loss, slope = 0.0, torch.zeros(len(weight), weight.shape[1] + 1, dtype=torch.float64)
-        for x, y in zip(self._x.split(_ROWS_AT_ONCE), self._targets.split(_ROWS_AT_ONCE, dim=1), strict=True):
+        for x, y in self._pieces():
             log_odds = torch.addmm(bias, weight, x.T)
             # where it is linear to the last bit of float64, and no earlier
             loss += float((softplus(log_odds, threshold=36) - y * log_odds).sum())
@@ -85,7 +82,7 @@ class OneVsRest(Problem):
         return loss / len(self._x), slope.div_(len(self._x))
 
 
-class MultiLabelKNN(Evaluator):
+class MultiLabelKNN(Neighbours, Evaluator):
     """k nearest neighbours by cosine similarity of the last class token: a class scores its share of their votes.
 
     It yields micro-mAP and, as `knn_multi_lrap`, label-ranking average precision, which images have a share in.
@@ -93,12 +90,6 @@ class MultiLabelKNN(Evaluator):
 
     name: Literal["knn_multi"] = "knn_multi"
     """Picks this evaluator."""
-    k: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
-    """How many neighbours vote; of several that the images suffice for, the best on validation is used."""
-    temperature: float = Field(default=0.07, gt=0)
-    """A neighbour votes with weight exp(similarity / temperature)."""
-    weighted: bool = True
-    """Whether nearer neighbours count more; otherwise all k votes are equal."""
 
     @property
     def several_labels(self) -> bool:
@@ -108,9 +99,9 @@ class MultiLabelKNN(Evaluator):
         _refuse_unusable(train, val, test)
         bank = train.join(val)
         known = _shown(bank, test)
-        selected: dict[str, Any] = {"k": self._fitting(len(bank))[0]}
+        selected: dict[str, Any] = {"k": self.fitting(len(bank))[0]}
         if len(self.k) > 1:
-            candidates = self._fitting(len(train))
+            candidates = self.fitting(len(train))
             found = [micro_map(votes, val.labels.numpy()) for votes in self.votes(train, val, candidates)]
             selected = {"k": candidates[int(np.argmax(found))], "val_micro_map": 100 * max(found)}
         votes = self.votes(bank, test, [selected["k"]])[0]
@@ -119,24 +110,12 @@ class MultiLabelKNN(Evaluator):
 
     def votes(self, bank: Features, queries: Features, k: Sequence[int]) -> np.ndarray:
         """Share of the votes (len(k), N, C), in [0, 1], that each class gets; equally near ones in the bank's order."""
-        keys, wanted = normalize(bank.matrix(), dim=1), normalize(queries.matrix(), dim=1)
-        labels = bank.labels.float()
-        found = []
-        for some in wanted.split(max(1, PAIRS_AT_ONCE // len(keys))):
-            values, nearest = largest(some @ keys.T, max(k))
-            # the largest exponent is 0, so a small temperature cannot overflow
-            powers = (values - values[:, :1]) / self.temperature
-            weights = powers.exp() if self.weighted else torch.ones_like(powers)
+        labels, found = bank.labels.float(), []
+        for nearest, weights in self.neighbours(bank, queries, max(k)):
             for first in k:
-                ballots = torch.zeros(len(some), len(keys)).scatter_(1, nearest[:, :first], weights[:, :first])
+                ballots = torch.zeros(len(nearest), len(labels)).scatter_(1, nearest[:, :first], weights[:, :first])
                 found.append(ballots @ labels / weights[:, :first].sum(1, keepdim=True))
         return torch.stack([torch.cat(found[place :: len(k)]) for place in range(len(k))]).numpy()
-
-    def _fitting(self, available: int) -> list[int]:
-        fitting = [k for k in self.k if k <= available]
-        if not fitting:
-            raise DataError(f"k {min(self.k)} is more than the {available} images to choose neighbours from; lower it")
-        return fitting
 
 
 def micro_map(scores: np.ndarray, targets: np.ndarray) -> float:

@@ -25,6 +25,8 @@ OWN: Final = (
 _METRICS = {"top1": "accuracy", "micro_map": "micro_mAP", "miou": "mIoU"}
 _METHODS = {"logreg": "linear", "linear": "linear_sgd", "logreg_multi": "linear", "linear_segmentation": "linear"}
 """Their `linear` is logistic regression with a sweep of C, refit on train + val; heads by SGD get another name."""
+_HEADS = {"head", "head_lrap"}
+"""Evaluators that are a fine-tuned model's own head."""
 _OWN_IMAGES = {"shots", "leave_one_out", "fraction"}
 """What evaluators choose that do not learn from all of train and val."""
 
@@ -107,13 +109,16 @@ def _own(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known(row: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     selected = row.get("selected") or {}
-    # what says nothing of its input sees the class token, but for a model's own head
+    # what says nothing of its input sees the class token, or each patch token, but for a model's own head, which has
+    # learnt from images that nobody here knows
     tokens = selected.get("blocks", 1) + selected.get("avgpool", False)
-    counts = {} if selected.keys() & _OWN_IMAGES else {"n_train": facts.n_train, "n_val": facts.n_val}
+    own_head = row["evaluator"] in _HEADS
+    other_images = own_head or selected.keys() & _OWN_IMAGES
+    counts = {} if other_images else {"n_train": facts.n_train, "n_val": facts.n_val}
     return {
         "dataset": facts.dataset,
         "model": facts.backbone,
-        "feature_dim": None if row["evaluator"] == "head" else facts.width * tokens,
+        "feature_dim": None if own_head else facts.width * tokens,
         **{name: getattr(facts, name) for name in ("normalization", "image_size", "interpolation", "bands")},
         **counts,
     }

@@ -1,15 +1,58 @@
-"""Which classes are mixed up, and which changed most against the baseline."""
+"""Which classes are mixed up, which changed most against the baseline, and metrics class by class."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from explora.reporting import figures
 from explora.reporting.folder import Chain
+from explora.reporting.rows import GAINS, Column
 
 _MOST = 5
+_MOST_CLASSES = 30
+Line = tuple[str, list[float | None]]
+"""A metric or class, and each model's value in percent."""
+
+
+@dataclass(frozen=True)
+class ByClass:
+    """What one evaluator says beside its number: further metrics, and its metric class by class, rising most first."""
+
+    data: str
+    column: Column
+    models: list[str]
+    others: list[Line]
+    classes: list[Line]
+    left: int
+    """Classes that changed less and are not shown."""
+
+
+def by_class(chain: Chain) -> Iterator[ByClass]:
+    """Of every evaluator that tells more than one number, the target's first."""
+    for data in GAINS:
+        for column in chain.columns(data):
+            rows = [row for row in chain.on(data) if row.column == column and (row.others or row.per_class)]
+            if rows:
+                classes = sorted(_lines([row.per_class or {} for row in rows]), key=lambda line: -abs(_change(line)))
+                shown = sorted(classes[:_MOST_CLASSES], key=_change, reverse=True)
+                others = _lines([row.others or {} for row in rows])
+                models = [row.model for row in rows]
+                yield ByClass(data, column, models, others, shown, len(classes) - len(shown))
+
+
+def _lines(each: list[Mapping[str, float]]) -> list[Line]:
+    """Values of each model by name."""
+    return [(name, [values.get(name) for values in each]) for name in dict.fromkeys(key for own in each for key in own)]
+
+
+def _change(line: Line) -> float:
+    """From the first model to the last, in points; 0 where one of them was not measured."""
+    before, after = line[1][0], line[1][-1]
+    return 0.0 if before is None or after is None else after - before
 
 
 def confusion(chain: Chain) -> dict[str, Any] | None:

@@ -23,8 +23,9 @@ UNADAPTED = "baseline"
 """What rows call the backbone that every entry begins with."""
 HEAD = "head"
 """The evaluator that is a fine-tuned model's own classifier, which the unadapted backbone has none of."""
-_ROLES = {"target": "test", "source": "source_test", "control": "control"}
-"""The shards that judge, by what rows call them."""
+ROLES = {"target": "test", "source": "source_test", "control": "control"}
+"""The shards that judge, by what rows call the data, in reading order."""
+_MANIFESTS = "shards/*/manifest.json"
 
 
 class Change(NamedTuple):
@@ -69,6 +70,8 @@ class Point:
     entry: str
     family: Family
     learnt: str
+    objective: str
+    """What it learnt without labels; empty where it did not."""
     trained: int
     seconds: float
     seeds: list[int]
@@ -89,13 +92,21 @@ class Comparison:
     failures: Mapping[str, str]
     leaks: list[str]
     config: str | None
-    names: Mapping[str, str]
-    """What the data sets call themselves."""
+    """None without comparison.json: what was planned is not known then."""
+    environment: Mapping[str, Any]
+    """Command, versions, commit and machine of the last process that worked here."""
+    shards: Mapping[str, Mapping[str, Any]]
+    """What the manifests say, by role."""
 
     def columns(self, data: str) -> list[Column]:
         """What was compared on `data`, in the order of the config: the first was declared to be the headline."""
         known = [column for where, column in self.baseline if where == data]
         return [column for column in known if any((data, column) in point.changes for point in self.points)]
+
+    def name(self, data: str) -> str:
+        """What data call themselves; `the target data` where that says nothing."""
+        name = str(self.shards.get(ROLES[data], {}).get("name", data))
+        return f"the {data} data" if name in (data, *ROLES.values()) else name
 
     @property
     def planned(self) -> int:
@@ -106,13 +117,17 @@ class Comparison:
         """Runs with a result."""
         return len({(point.entry, seed) for point in self.points for seed in point.seeds})
 
+    @property
+    def progress(self) -> str:
+        """How many runs there are, of how many."""
+        if self.config is None:
+            return f"{self.done} runs found, of a number not recorded"
+        return f"{self.done} of {self.planned} runs done"
+
 
 def is_comparison(folder: Path) -> bool:
-    """Whether a folder is one that `explora compare` wrote, and not that of a probe, which has such a file too."""
-    if (folder / STATE).is_file():
-        return True
-    results = folder / RESULTS
-    return results.is_file() and _text(results).startswith('{"entry": ')
+    """Whether a folder is one that `explora compare` wrote: results beside shards, which a probe keeps elsewhere."""
+    return (folder / STATE).is_file() or ((folder / RESULTS).is_file() and (folder / "shards").is_dir())
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -126,9 +141,10 @@ def read_comparison(folder: Path) -> Comparison:
     try:
         state: dict[str, Any] = json.loads(_text(folder / STATE) or "{}")
         lines = [_Line.of(json.loads(line)) for line in _text(folder / RESULTS).splitlines()]
+        manifests = {path.parent.name: json.loads(_text(path)) for path in sorted(folder.glob(_MANIFESTS))}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        advice = "run `explora compare` again, which writes both anew"
-        raise RunError(f"{folder}: {RESULTS} or {STATE} is damaged ({error!r}); {advice}") from None
+        advice = "run `explora compare` again, which writes them anew"
+        raise RunError(f"{folder}: {RESULTS}, {STATE} or a manifest is damaged ({error!r}); {advice}") from None
     entries = list(dict.fromkeys([*state.get("entries", []), *(line.entry for line in lines)]))
     unadapted: dict[tuple[str, Column], list[Row]] = {}
     for line in lines:
@@ -136,7 +152,7 @@ def read_comparison(folder: Path) -> Comparison:
             unadapted.setdefault((line.row.data, line.row.column), []).append(line.row)
     return Comparison(
         path=folder,
-        points=[point for entry in entries for point in _points(folder, [one for one in lines if one.entry == entry])],
+        points=[point for entry in entries for point in _points([one for one in lines if one.entry == entry])],
         baseline={key: float(np.mean([row.value for row in rows])) for key, rows in unadapted.items()},
         images={key: rows[0].n for key, rows in unadapted.items()},
         entries=entries,
@@ -144,7 +160,8 @@ def read_comparison(folder: Path) -> Comparison:
         failures=state.get("failures", {}),
         leaks=state.get("leaks", []),
         config=state.get("config"),
-        names={data: _name(folder / "shards" / role / "manifest.json", data) for data, role in _ROLES.items()},
+        environment=state.get("environment", {}),
+        shards=state.get("shards", manifests),
     )
 
 
@@ -162,11 +179,11 @@ class _Line(NamedTuple):
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> _Line:
         cost = float(raw["trained_parameters"] or 0), float(raw["seconds"] or 0)
-        told = str(raw["method"]), str(raw.get("objective") or "")
-        return cls(str(raw["entry"]), int(raw["seed"]), Row.of(raw), *told, *cost)
+        objective = "labels" if raw["model"] == "finetuned" else str(raw.get("objective") or "no labels")
+        return cls(str(raw["entry"]), int(raw["seed"]), Row.of(raw), str(raw["method"]), objective, *cost)
 
 
-def _points(folder: Path, lines: Sequence[_Line]) -> Iterator[Point]:
+def _points(lines: Sequence[_Line]) -> Iterator[Point]:
     """The points of one entry: its last model first."""
     by_model: dict[str, list[_Line]] = {}
     for line in lines:
@@ -185,7 +202,8 @@ def _points(folder: Path, lines: Sequence[_Line]) -> Iterator[Point]:
         yield Point(
             entry=first.entry,
             family=family,
-            learnt=", then ".join(_learnt(folder, step) for step in steps),
+            learnt=", then ".join(f"{step.objective} ({step.method})" for step in steps),
+            objective="" if family == "labels" else steps[0].objective,
             trained=round(sum(_mean(by_model[step.row.model], "trained") for step in steps)),
             seconds=sum(_mean(by_model[step.row.model], "seconds") for step in steps),
             seeds=sorted({line.seed for line in own}),
@@ -197,22 +215,6 @@ def _points(folder: Path, lines: Sequence[_Line]) -> Iterator[Point]:
 def _mean(lines: Sequence[_Line], cost: str) -> float:
     """What a stage cost, the mean over its seeds."""
     return float(np.mean(list({line.seed: getattr(line, cost) for line in lines}.values())))
-
-
-def _learnt(folder: Path, line: _Line) -> str:
-    """What a stage learnt from, and how: `labels (lora)`, `dinov2 (explora)`."""
-    if line.row.model == "finetuned":
-        return f"labels ({line.method})"
-    # Rows of older comparisons do not say.
-    summary = _text(folder / line.entry / f"seed{line.seed}" / "pretrain" / "summary.json")
-    objective = line.objective or json.loads(summary or "{}").get("objective", "no labels")
-    return f"{objective} ({line.method})"
-
-
-def _name(manifest: Path, data: str) -> str:
-    """What shards call themselves; `the target data` where that says nothing."""
-    name = json.loads(_text(manifest) or "{}").get("name", data)
-    return f"the {data} data" if name in (data, *_ROLES.values()) else str(name)
 
 
 def _text(path: Path) -> str:

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -42,7 +43,6 @@ _STYLES: list[dict[str, Any]] = [
 ]
 FEW_CLASSES = 10
 """Up to here a confusion matrix is small enough for a telephone."""
-_FIRST_CURVES = ("loss", "dino", "ibot", "koleo", "lr")
 _MOST_CURVES, _MOST_POINTS, _FEW_POINTS = 12, 300, 30
 
 
@@ -109,19 +109,20 @@ def blocks(chain: Chain) -> Markup | None:
 
 
 def curves(metrics: Sequence[dict[str, Any]], without: Collection[str] = ()) -> list[tuple[str, Markup]]:
-    """One small figure a logged quantity, as (name, SVG): loss, its parts, the learning rate, the rest.
+    """One small figure a logged quantity, as (its name on the page, SVG): loss, its parts, scores, the rest.
 
     A part that is all of the loss is not shown beside it.
     """
-    ignored = {"step", "images", "seconds", "epoch", *without}
+    ignored = {"step", "steps", "images", "seconds", "epoch", *without}
     found = {key for row in metrics for key, value in row.items() if isinstance(value, int | float)} - ignored
     found -= {key for key in found - {"loss"} if all(row.get(key) == row.get("loss") for row in metrics)}
-    order = [key for key in _FIRST_CURVES if key in found] + sorted(found - set(_FIRST_CURVES))
+    order = [key for key in words.CURVES if key in found] + sorted(found - set(words.CURVES))
     figures: list[tuple[str, Markup]] = []
     for key in order[:_MOST_CURVES]:
         pairs = [(row["step"], row[key]) for row in metrics if isinstance(row.get(key), int | float)]
         if len(pairs) > 1:
-            figures.append((key, curve(key, *np.array(pairs, dtype=float).T)))
+            (said, factor), (steps, values) = words.CURVES.get(key, (key, 1)), np.array(pairs, dtype=float).T
+            figures.append((said, curve(key, steps, factor * values)))
     return figures
 
 
@@ -328,6 +329,5 @@ def _short(text: str, most: int = 22) -> str:
 
 
 def _wrap(text: str) -> str:
-    """Two lines for long evaluator names."""
-    head, _, tail = text.rpartition(" ")
-    return f"{head}\n{tail}" if head and len(text) > 14 else text
+    """Several lines for long evaluator names."""
+    return "\n".join(textwrap.wrap(text, 22))

@@ -15,8 +15,13 @@ from explora.errors import RunError
 from explora.reporting.rows import Results, Row, gather
 
 STAGES = ("pretrain", "finetune")
-ROLES = ("pretrain", "train", "test", "source_train", "source_test", "control")
-_NAMED_BY = {"target": ("test", "train"), "source": ("source_test",), "control": ("control",)}
+ROLES = ("pretrain", "train", "test", "source_train", "source_test", "control", "masks_train", "masks_test")
+_NAMED_BY = {
+    "target": ("test", "train"),
+    "segmentation": ("masks_test", "masks_train"),
+    "source": ("source_test",),
+    "control": ("control",),
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Chain(Results):
     """What judges although it has taught."""
 
     def data_name(self, data: str) -> str:
-        """What the shards of `target`, `source` or `control` call themselves; `the target data` where that is empty."""
+        """What the shards behind one of `DATA` call themselves; `the target data` where that is empty."""
         names = [str(self.shards[role].get("name", role)) for role in _NAMED_BY.get(data, ()) if role in self.shards]
         return next((name for name in names if name not in ROLES), f"the {data} data")
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
+from explora.errors import RunError
 from explora.reporting import words
-from explora.reporting.comparison import Change, Comparison, Point, read_comparison
+from explora.reporting.comparison import RESULTS, ROLES, Change, Comparison, Point, read_comparison
 from explora.reporting.pages import rendered, save_page
-from explora.reporting.plane import Dot, front, plane
+from explora.reporting.plane import Dot, alone, front, plane
 from explora.reporting.rows import Column
+from explora.reporting.trust import environment_lines, shards_line
 
 PAGE = "compare.html"
-DATA = ("target", "source", "control")
 
 
 class Choice(NamedTuple):
@@ -56,7 +57,7 @@ def leaderboard_table(folder: Path) -> str:
         RunError: the folder holds no comparison, or a damaged one.
     """
     comparison = read_comparison(Path(folder))
-    keys = [(data, columns[0]) for data in DATA if (columns := comparison.columns(data))]
+    keys = [(data, columns[0]) for data in ROLES if (columns := comparison.columns(data))]
     names = {"target": "gain", "source": "source", "control": "control"}
     lines = [["", "learnt from", "trained", *(f"{names[data]}, {column.evaluator}" for data, column in keys), "seeds"]]
     for point in _ordered(comparison):
@@ -65,12 +66,24 @@ def leaderboard_table(folder: Path) -> str:
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     aligned = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     failed = [f"failed: {called}: {error}" for called, error in comparison.failures.items()]
-    text = [f"{comparison.done} of {comparison.planned} runs done", *aligned, *failed, *_which(comparison)]
+    text = [comparison.progress, *aligned, *failed, *_which(comparison)]
     return "\n".join(text).replace("−", "-").replace("–", "-")
 
 
+def write_plane(folder: Path, out: Path) -> Path:
+    """Save the first figure of a comparison's page by itself, as an SVG file for other documents.
+
+    Raises:
+        RunError: the folder holds no comparison, or a damaged one; it has nothing to draw; or it cannot be written.
+    """
+    drawn = next(_drawings(read_comparison(Path(folder))), None)
+    if drawn is None:
+        raise RunError(f"{folder}: no model was judged on both target and source yet; wait for the first run")
+    return save_page(Path(out), alone(drawn.dots, drawn.gain, drawn.kept))
+
+
 def _markdown(comparison: Comparison) -> str:
-    """The table of all evaluators as Markdown."""
+    """The table of all evaluators as Markdown; above it how far the comparison is, where it has not finished."""
     keys = _keys(comparison)
     head = ["entry", "learnt from", "trained", *(f"{data} {column.evaluator}" for data, column in keys)]
     lines = [[*head, "head, %", "seconds", "seeds"]]
@@ -81,13 +94,14 @@ def _markdown(comparison: Comparison) -> str:
         changes = [_told(point.changes.get(key)) for key in keys]
         cost = [words.percent(point.head), words.count(point.seconds), _seeds(comparison, point)]
         lines.append([point.entry, point.learnt, words.count(point.trained), *changes, *cost])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    open_ones = "" if comparison.done == comparison.planned else f"{comparison.progress}.\n\n"
+    text = open_ones + "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return text.replace("−", "-").replace("–", "-")
 
 
 def _keys(comparison: Comparison) -> list[tuple[str, Column]]:
     """Data and columns in the order of the tables."""
-    return [(data, column) for data in DATA for column in comparison.columns(data)]
+    return [(data, column) for data in ROLES for column in comparison.columns(data)]
 
 
 def _ordered(comparison: Comparison) -> list[Point]:
@@ -134,22 +148,25 @@ def _choice(comparison: Comparison) -> Choice | None:
 
 def _render(comparison: Comparison, place: Path) -> str:
     """The page as text, with links from the folder that it lies in."""
+    headline, name = _headline(comparison), comparison.path.resolve().name or "comparison"
     return rendered(
         "leaderboard.html",
         comparison=comparison,
-        title=comparison.path.resolve().name or "comparison",
+        title=f"{name} · {headline[0]}",
+        name=name,
         words=words,
-        headline=_headline(comparison),
+        headline=headline,
         strip=list(_strip(comparison)),
         which=list(_which(comparison)),
         caveats=list(_caveats(comparison)),
         planes=list(_planes(comparison)),
         keys=_keys(comparison),
         points=_ordered(comparison),
-        told=_told,
         limits=_limits,
         over_seeds=_over_seeds,
         links=_links(comparison, place),
+        files=_beside(comparison, place, (RESULTS, "results.csv")),
+        trust=list(_trust(comparison)),
         configs=[("the comparison", comparison.config)] if comparison.config else [],
         missing=list(_missing(comparison)),
     )
@@ -159,18 +176,19 @@ def _headline(comparison: Comparison) -> tuple[str, str]:
     """How many gain without a clear loss, and by what that was judged."""
     choice = _choice(comparison)
     if choice is None:
-        done = f"{comparison.done} of {comparison.planned} runs are done"
-        return f"{done}; gain and retention are not measured yet." if not comparison.points else f"{done}.", ""
-    target, source = comparison.names["target"], comparison.names["source"]
-    how = f"{choice.sure} of {choice.judged} models gain" if choice.sure else f"None of {choice.judged} models gains"
+        left = "" if comparison.points else "; gain and retention are not measured yet"
+        return f"{comparison.progress}{left}.", ""
+    target, source = comparison.name("target"), comparison.name("source")
+    judged = f"{choice.judged} models{' so far' if comparison.done < comparison.planned else ''}"
+    how = f"{choice.sure} of {judged} gain" if choice.sure else f"None of {judged} gains"
     images = [comparison.images[key] for key in (("target", choice.target), ("source", choice.source))]
-    judged = [
+    by = [
         f"{words.column_name(column)} on {words.count(n)} images of {name}"
         for column, n, name in zip((choice.target, choice.source), images, (target, source), strict=True)
     ]
     return (
         f"{how} on {target} without a clear loss on {source}.",
-        f"Judged by {judged[0]}, and by {judged[1]}; paired with the unadapted backbone over the same images.",
+        f"Judged by {by[0]}, and by {by[1]}; paired with the unadapted backbone over the same images.",
     )
 
 
@@ -178,11 +196,12 @@ def _strip(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
     """The figures under the headline: (label, figure, small print)."""
     seeds = ", ".join(map(str, comparison.seeds))
     plan = f"{len(comparison.entries)} entries, seed{'s' if len(comparison.seeds) != 1 else ''} {seeds}"
-    yield "Runs done", f"{comparison.done} of {comparison.planned}", plan
-    for data in DATA:
+    known = comparison.config is not None
+    yield "Runs done" if known else "Runs found", f"{comparison.done}{f' of {comparison.planned}' * known}", plan
+    for data in ROLES:
         for column in comparison.columns(data)[:1]:
             value = words.percent(comparison.baseline[data, column])
-            yield f"Unadapted on {comparison.names[data]}", value, f"%, {words.column_name(column)}"
+            yield f"Unadapted on {comparison.name(data)}", value, f"%, {words.column_name(column)}"
 
 
 def _which(comparison: Comparison) -> Iterator[str]:
@@ -241,33 +260,61 @@ def _caveats(comparison: Comparison) -> Iterator[str]:
     )
     yield "Each entry stands for its settings, which the config names; with others of its own it may stand elsewhere."
     if comparison.columns("control"):
-        name = comparison.names["control"]
+        name = comparison.name("control")
         yield f"What rises on the control, {name}, as much as on the target is no adaptation to the target."
+
+
+class Drawing(NamedTuple):
+    """What a figure shows: its caption, its points, what is measured across and upward."""
+
+    caption: str
+    dots: list[Dot]
+    gain: str
+    kept: str
 
 
 def _planes(comparison: Comparison) -> Iterator[tuple[str, Markup]]:
     """A figure for the first evaluators of target and source, a smaller one for the second."""
+    for number, (caption, dots, gain, kept) in enumerate(_drawings(comparison)):
+        yield caption, plane(caption, dots, gain, kept, small=number > 0)
+
+
+def _drawings(comparison: Comparison) -> Iterator[Drawing]:
+    """The first evaluators of target and source against each other, then the second."""
     targets, sources = comparison.columns("target"), comparison.columns("source")
-    for number, (target, source) in enumerate(zip(targets[:2], sources[:2], strict=False)):
+    for target, source in zip(targets[:2], sources[:2], strict=False):
         dots = [
-            Dot(point.entry, point.family, point.trained, gain, kept)
+            Dot(point.entry, point.family, point.objective, point.trained, gain, kept)
             for point in comparison.points
             if (gain := point.changes.get(("target", target))) and (kept := point.changes.get(("source", source)))
         ]
         if dots:
             across, up = (words.column_name(column) for column in (target, source))
-            axes = f"gain on {comparison.names['target']}, points", f"change on {comparison.names['source']}, points"
-            drawn = plane(f"{target} {source}", dots, *axes, small=number > 0)
-            yield f"{words.sentence(across)} against {up}", drawn
+            axes = f"gain on {comparison.name('target')}, points", f"change on {comparison.name('source')}, points"
+            yield Drawing(f"{words.sentence(across)} against {up}", dots, *axes)
 
 
 def _links(comparison: Comparison, place: Path) -> dict[str, str]:
     """The report of each entry's first finished seed, from the page's folder."""
-    pages = {
-        point.entry: comparison.path / point.entry / f"seed{point.seeds[0]}" / "report.html"
-        for point in comparison.points
-    }
-    return {entry: Path(os.path.relpath(page, place)).as_posix() for entry, page in pages.items() if page.is_file()}
+    pages = {point.entry: f"{point.entry}/seed{point.seeds[0]}/report.html" for point in comparison.points}
+    found = _beside(comparison, place, pages.values())
+    return {entry: found[page] for entry, page in pages.items() if page in found}
+
+
+def _beside(comparison: Comparison, place: Path, files: Iterable[str]) -> dict[str, str]:
+    """Addresses from the page's folder of those files of the comparison that are there."""
+    there = {file: comparison.path / file for file in files if (comparison.path / file).is_file()}
+    return {file: Path(os.path.relpath(path, place)).as_posix() for file, path in there.items()}
+
+
+def _trust(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
+    """What a sceptic asks of all entries alike, with the answers."""
+    yield "Seeds", [", ".join(map(str, comparison.seeds))]
+    shards = [shards_line(role, manifest) for role, manifest in comparison.shards.items()]
+    yield "Data", shards or ["No manifest lies in this comparison."]
+    if comparison.leaks:
+        yield "Leaks", [*comparison.leaks, "Results over these images say too much."]
+    yield from environment_lines(comparison.environment)
 
 
 def _missing(comparison: Comparison) -> Iterator[str]:
@@ -276,7 +323,10 @@ def _missing(comparison: Comparison) -> Iterator[str]:
         left = comparison.planned - comparison.done
         yield f"{left} of {comparison.planned} runs: the same command goes on with them."
     if comparison.config is None:
-        yield "What was planned and what failed: there is no comparison.json, so runs are counted as they were found."
+        yield (
+            "What was planned, what failed, the command and versions: there is no comparison.json. Runs are counted as "
+            "they were found."
+        )
     for data in ("source", "control"):
         if comparison.points and not comparison.columns(data):
             yield f"No {data} data was judged."

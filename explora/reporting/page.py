@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from explora.reporting import figures, words
-from explora.reporting.classes import confusion
+from explora.reporting.classes import by_class, confusion
 from explora.reporting.folder import Chain, read_chain
 from explora.reporting.health import KEYS, health
 from explora.reporting.map import maps
 from explora.reporting.pages import rendered, save_page
-from explora.reporting.rows import DATA, Column, Row, as_csv
+from explora.reporting.rows import DATA, GAINS, PRICES, Column, Row
 from explora.reporting.trust import grouped, trust
 
 _MOST_PICTURES = 8
@@ -59,22 +57,24 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 def render(chain: Chain) -> str:
     """The page as text."""
-    classes = confusion(chain)
+    classes, headline, name = confusion(chain), words.headline(chain), chain.path.resolve().name or "run"
     return rendered(
         "page.html",
         chain=chain,
         words=words,
-        title=(chain.path.resolve().name or "run"),
-        headline=words.headline(chain),
+        name=name,
+        title=f"{name} · {headline[0]}",
+        headline=headline,
         strip=list(_strip(chain)),
         comparisons={data: list(_comparisons(chain, data)) for data in DATA},
-        beside=[data for data in DATA[1:] if chain.on(data)],
+        beside=_prices(chain),
         moved=_moved(chain),
         weighed=figures.blocks(chain),
         plots={data: figures.dots(chain, data) for data in DATA if chain.on(data)},
         healths=[found for stage in chain.stages if (found := health(stage))],
         curves=[(stage, figures.curves(stage.metrics, without=KEYS)) for stage in chain.stages],
         confusion=classes,
+        by_class=list(by_class(chain)),
         pictures=list(_pictures(chain)),
         picture_models=_picture_models(chain),
         maps=maps(chain),
@@ -103,7 +103,7 @@ def _strip(chain: Chain) -> Iterator[tuple[str, str, str, str]]:
 
 def _comparisons(chain: Chain, data: str) -> Iterator[Comparison]:
     """Every model but the first, by evaluator."""
-    others = [other for other in DATA[1:] if data == "target" and chain.on(other)]
+    others = _prices(chain) if data in GAINS else []
     for column in chain.columns(data):
         first = chain.row(chain.first, data, column)
         for model in chain.models[1:]:
@@ -113,6 +113,11 @@ def _comparisons(chain: Chain, data: str) -> Iterator[Comparison]:
                 yield Comparison(model, column, row, first, words.VERDICTS[words.verdict(row)], beside)
             elif column in chain.left_out(model, data):
                 yield Comparison(model, column, None, first, "left out", beside)
+
+
+def _prices(chain: Chain) -> list[str]:
+    """The data whose changes stand beside every gain."""
+    return [data for data in PRICES if chain.on(data)]
 
 
 def _moved(chain: Chain) -> list[tuple[str, list[float | None]]]:
@@ -145,16 +150,15 @@ def _pictures(chain: Chain) -> Iterator[Picture]:
 
 
 def _downloads(chain: Chain) -> list[tuple[str, str, str]]:
-    """All results as files inside the page: (name of the file, what it is, address)."""
-    if not chain.rows:
-        return []
-    lines = "".join(json.dumps(asdict(row)) + "\n" for row in chain.rows)
-    table = ("results.csv", "CSV", _address("text/csv", as_csv(chain.rows)))
-    return [table, ("results.jsonl", "JSON Lines", _address("text/plain", lines))]
+    """The probe's own files inside the page, those that there are: (name of the file, what it is, address)."""
+    files = (("results.csv", "CSV", "text/csv"), ("results.jsonl", "JSON Lines", "text/plain"))
+    folder = chain.path / "probe"
+    there = [file for file in files if (folder / file[0]).is_file()]
+    return [(name, what, _address(kind, (folder / name).read_bytes())) for name, what, kind in there]
 
 
-def _address(kind: str, text: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(text.encode()).decode()}"
+def _address(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _configs(chain: Chain) -> Iterator[tuple[str, str]]:

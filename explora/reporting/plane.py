@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,25 +16,35 @@ from matplotlib.lines import Line2D
 from explora.reporting.comparison import FAMILIES, Change, Family
 from explora.reporting.figures import ACCENT, INK, MUTED, PAPER, RULE, svg
 
+_WARM = "#c8641e"
+"""Legible on the page's light and dark paper alike, so it need not follow the page."""
 _STYLES: dict[Family, dict[str, Any]] = {
-    "labels": {"marker": "o", "markerfacecolor": ACCENT, "markeredgecolor": ACCENT, "color": ACCENT},
-    "both": {"marker": "D", "markerfacecolor": INK, "markeredgecolor": INK, "color": INK},
-    "before": {"marker": "D", "markerfacecolor": PAPER, "markeredgecolor": INK, "color": INK},
+    "labels": {
+        "marker": "o",
+        "markerfacecolor": ACCENT,
+        "markeredgecolor": PAPER,
+        "color": ACCENT,
+        "markeredgewidth": 0.6,
+    },
+    "both": {"marker": "D", "markerfacecolor": _WARM, "markeredgecolor": PAPER, "color": _WARM, "markeredgewidth": 0.6},
+    "before": {"marker": "D", "markerfacecolor": PAPER, "markeredgecolor": _WARM, "color": _WARM},
 }
 _FONT = 7.0
+"""Size of labels in points; that of axes and legend is one more."""
 _LETTER = 0.56
 """Width of a letter as a share of the font's size; the browser's fonts are not ours, so it is a guess."""
 _DIRECTIONS = np.linspace(0, 2 * np.pi, 16, endpoint=False)
 _DISTANCES = np.array([1.5, 7.0, 14.0, 24.0, 36.0])
-_SMALLEST, _LARGEST = 3.2, 13.0
+_SMALLEST, _LARGEST = 4.5, 16.0
 """Diameters of markers in points."""
 
 
 class Dot(NamedTuple):
-    """One point of the plane: its label, its family, what was trained, gain and retention with their intervals."""
+    """One point: its label, its family, what it learnt without labels, what was trained, gain and retention."""
 
     label: str
     family: Family
+    objective: str
     trained: int
     gain: Change
     kept: Change
@@ -49,12 +61,24 @@ def plane(key: str, dots: Sequence[Dot], gain: str, kept: str, *, small: bool = 
     return svg(f"plane {key}", size, lambda figure: draw(figure, dots, gain, kept, legend=not small))
 
 
+def alone(dots: Sequence[Dot], gain: str, kept: str) -> str:
+    """The plane as an SVG file of 900 x 560 pixels on white, whose colours follow no page."""
+
+    def on_white(figure: Figure) -> None:
+        figure.set_facecolor("white")
+        draw(figure, dots, gain, kept, font=9.5)
+
+    colours = {"paper": "#ffffff", "ink": INK, "muted": MUTED, "rule": RULE, "accent": ACCENT}
+    drawn = svg("plane alone", (900 / 96, 560 / 96), on_white)
+    coloured = re.sub(r"var\(--(\w+)\)", lambda found: colours[found[1]], drawn)
+    return coloured.replace("<svg", '<svg width="900" height="560"', 1)
+
+
 def front(values: np.ndarray) -> np.ndarray:
-    """Which points (N, 2) nothing else beats in one coordinate without losing in the other; the origin counts too."""
-    others = np.vstack([values, np.zeros((1, 2))])
-    no_worse = np.all(others[None] >= values[:, None], axis=2)
-    better = np.any(others[None] > values[:, None], axis=2)
-    return ~np.any(no_worse & better, axis=1)
+    """Which points (N, 2) rise above zero in a coordinate, and none beats them in one without losing in the other."""
+    no_worse = np.all(values[None] >= values[:, None], axis=2)
+    better = np.any(values[None] > values[:, None], axis=2)
+    return np.any(values > 0, axis=1) & ~np.any(no_worse & better, axis=1)
 
 
 def place_labels(
@@ -98,17 +122,35 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return sides.clip(min=0).prod(axis=2)
 
 
-def draw(figure: Figure, dots: Sequence[Dot], gain: str, kept: str, *, legend: bool = True) -> None:
-    """Draw the plane on an empty figure."""
+def draw(
+    figure: Figure, dots: Sequence[Dot], gain: str, kept: str, *, font: float = _FONT, legend: bool = True
+) -> None:
+    """Draw the plane on an empty figure, small markers over large ones."""
     figure.set_layout_engine("none")
+    dots = sorted(dots, key=lambda dot: -dot.trained)
     width, height = figure.get_size_inches()
-    top = 0.56 if legend else 0.06
-    axes = figure.add_axes((0.62 / width, 0.42 / height, 1 - 0.7 / width, 1 - (0.42 + top) / height))
+    line = (font + 1) / 8  # what stands around the axes grows with its letters
+    top = 0.56 * line if legend else 0.06
+    left, bottom = 0.62 * line, 0.42 * line
+    axes = figure.add_axes((left / width, bottom / height, 1 - (left + 0.08) / width, 1 - (bottom + top) / height))
     middle = np.array([[dot.gain.value, dot.kept.value] for dot in dots])
-    sides = _diameters([dot.trained for dot in dots], max(dot.trained for dot in dots))
+    sides = _diameters([dot.trained for dot in dots], dots[0].trained)
     _frame(axes, dots, gain, kept)
     _front(axes, middle)
+    _whiskers(axes, dots)
     for dot, side in zip(dots, sides, strict=True):
+        axes.plot([dot.gain.value], [dot.kept.value], linestyle="", markersize=side, gid="dot", **_STYLES[dot.family])
+    _labels(figure, axes, dots, middle, sides, font)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_fontsize(font + 1)
+    axes.tick_params(labelsize=font + 1)
+    if legend:
+        _legend(figure, dots, font + 1)
+
+
+def _whiskers(axes: Axes, dots: Sequence[Dot]) -> None:
+    """Intervals over images, and single seeds tied to their mean."""
+    for dot in dots:
         style = _STYLES[dot.family]
         thin: dict[str, Any] = {"color": style["color"], "linewidth": 0.6, "alpha": 0.45, "solid_capstyle": "butt"}
         axes.plot([dot.gain.low, dot.gain.high], [dot.kept.value] * 2, **thin)
@@ -117,10 +159,6 @@ def draw(figure: Figure, dots: Sequence[Dot], gain: str, kept: str, *, legend: b
             across, up = dot.gain.seeds[seed], dot.kept.seeds[seed]
             axes.plot([dot.gain.value, across], [dot.kept.value, up], **thin)
             axes.plot([across], [up], marker="o", markersize=2, color=style["color"], markeredgewidth=0, gid="seed")
-        axes.plot([dot.gain.value], [dot.kept.value], linestyle="", markersize=side, gid="dot", **style)
-    _labels(figure, axes, dots, middle, sides)
-    if legend:
-        _legend(figure, dots)
 
 
 def _frame(axes: Axes, dots: Sequence[Dot], gain: str, kept: str) -> None:
@@ -131,7 +169,7 @@ def _frame(axes: Axes, dots: Sequence[Dot], gain: str, kept: str) -> None:
         (axes.set_ylim if number else axes.set_xlim)(min(ends) - room, max(ends) + room)
     for line in (axes.axhline, axes.axvline):
         line(0, color=MUTED, linewidth=0.6)
-    axes.plot([0], [0], linestyle="", marker="+", markersize=9, color=INK, markeredgewidth=1.2)
+    axes.plot([0], [0], linestyle="", marker="+", markersize=13, color=INK, markeredgewidth=1.2)
     axes.grid(True)
     axes.tick_params(length=0)
     for side in axes.spines.values():
@@ -148,10 +186,12 @@ def _front(axes: Axes, middle: np.ndarray) -> None:
     left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
     across = [left, *best[:, 0], best[-1, 0]]
     up = [best[0, 1], *best[:, 1], bottom]
-    axes.plot(across, up, drawstyle="steps-pre", color=ACCENT, linewidth=0.9, linestyle=(0, (4, 3)), gid="front")
+    axes.plot(across, up, drawstyle="steps-pre", color=INK, linewidth=0.9, linestyle=(0, (4, 3)), gid="front")
 
 
-def _labels(figure: Figure, axes: Axes, dots: Sequence[Dot], middle: np.ndarray, sides: np.ndarray) -> None:
+def _labels(
+    figure: Figure, axes: Axes, dots: Sequence[Dot], middle: np.ndarray, sides: np.ndarray, font: float
+) -> None:
     """Write the labels, with a line to those that stand far off."""
     box = axes.get_position()
     room = np.array([box.width, box.height]) * figure.get_size_inches() * 72
@@ -159,8 +199,8 @@ def _labels(figure: Figure, axes: Axes, dots: Sequence[Dot], middle: np.ndarray,
     low, span = np.array([left, bottom]), np.array([right - left, top - bottom])
     texts = [*(dot.label for dot in dots), "unadapted"]
     anchors = (np.vstack([middle, [[0, 0]]]) - low) / span * room
-    sizes = np.array([[_LETTER * _FONT * len(text), 1.15 * _FONT] for text in texts])
-    radii = np.append(sides, 5.0) / 2
+    sizes = np.array([[_LETTER * font * len(text), 1.15 * font] for text in texts])
+    radii = np.append(sides, 6.0) / 2
     across = [(dot.gain.low, dot.kept.value, dot.gain.high, dot.kept.value) for dot in dots]
     up = [(dot.gain.value, dot.kept.low, dot.gain.value, dot.kept.high) for dot in dots]
     zero = [(left, 0, right, 0), (0, bottom, 0, top)]
@@ -173,7 +213,7 @@ def _labels(figure: Figure, axes: Axes, dots: Sequence[Dot], middle: np.ndarray,
             axes.plot(*(np.stack([anchor, near]) / room * span + low).T, color=MUTED, linewidth=0.5)
         x, y = (corner + size / 2) / room * span + low
         colour = MUTED if text == "unadapted" else INK
-        axes.text(x, y, text, fontsize=_FONT, ha="center", va="center_baseline", color=colour)
+        axes.text(x, y, text, fontsize=font, ha="center", va="center_baseline", color=colour)
 
 
 def _diameters(trained: Sequence[int], most: int) -> np.ndarray:
@@ -181,21 +221,32 @@ def _diameters(trained: Sequence[int], most: int) -> np.ndarray:
     return np.maximum(_SMALLEST, _LARGEST * (np.array(trained) / max(most, 1)) ** 0.25)
 
 
-def _legend(figure: Figure, dots: Sequence[Dot]) -> None:
-    """What the markers mean: families on the left, sizes on the right."""
-    said = {"labels": "labels only", "both": "pretrained, then labels", "before": "pretrained, before labels"}
+def _legend(figure: Figure, dots: Sequence[Dot], font: float) -> None:
+    """What the markers mean, families above sizes; `dots` by what was trained, most first."""
+    objectives = " or ".join(sorted({dot.objective for dot in dots} - {""}))
+    said = {"labels": "labels only", "both": f"{objectives}, then labels", "before": f"{objectives} alone"}
     shown = [family for family in FAMILIES if any(dot.family == family for dot in dots)]
-    marks = [Line2D([], [], linestyle="", markersize=5, label=said[family], **_STYLES[family]) for family in shown]
-    marks.append(Line2D([], [], linestyle=(0, (4, 3)), linewidth=0.9, color=ACCENT, label="nothing beats these"))
-    place: dict[str, Any] = {"loc": "upper left", "handletextpad": 0.4, "columnspacing": 1.4, "borderaxespad": 0.2}
-    figure.legend(handles=marks, ncols=4, bbox_to_anchor=(0.0, 1.0), handlelength=1.6, **place)
-    most = max(dot.trained for dot in dots)
-    counts = [10**power for power in range(3, 9) if 0.001 * most <= 10**power <= most][-3:]
+    marks = [
+        Line2D([], [], linestyle="", markersize=font - 1, label=said[family], **_STYLES[family]) for family in shown
+    ]
+    marks.append(Line2D([], [], linestyle=(0, (4, 3)), linewidth=0.9, color=INK, label="nothing beats these"))
+    height = figure.get_size_inches()[1] * 72
+    place: dict[str, Any] = {"loc": "upper left", "ncols": 4, "fontsize": font, "borderaxespad": 0.4}
+    place |= {"handletextpad": 0.4, "columnspacing": 1.4}
+    figure.legend(handles=marks, bbox_to_anchor=(0.0, 1.0), handlelength=1.6, **place)
+    counts = _steps([dot.trained for dot in dots if dot.trained])
     style: dict[str, Any] = {"linestyle": "", "marker": "o", "color": MUTED, "markerfacecolor": "none"}
-    sizes = [Line2D([], [], linestyle="", label="parameters trained:")] if counts else []
-    for count, side in zip(counts, _diameters(counts, most), strict=True):
+    sizes = [Line2D([], [], linestyle="", label="parameters trained:")]
+    for count, side in zip(counts, _diameters(counts, dots[0].trained), strict=True):
         sizes.append(Line2D([], [], markersize=side, label=f"{count:,}", **style))
-    height = figure.get_size_inches()[1]
-    anchor = (0.0, 1 - 0.22 / height)
-    if sizes:
-        figure.legend(handles=sizes, ncols=4, bbox_to_anchor=anchor, **place)
+    if counts:
+        figure.legend(handles=sizes, bbox_to_anchor=(0.0, 1 - 2 * font / height), **place)
+
+
+def _steps(counts: Sequence[int]) -> list[int]:
+    """The smallest and the largest of some counts; where they lie far apart, that between which is nearest halfway."""
+    if not counts:
+        return []
+    least, most = min(counts), max(counts)
+    between = min(counts, key=lambda count: abs(2 * math.log(count) - math.log(least * most)))
+    return sorted({least, most, *([between] if most > 10 * least else [])})

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-DATA = ("target", "source", "control")
+DATA = ("target", "segmentation", "source", "control")
 """What rows are about, in reading order."""
-
-
-_NO_NUMBERS = ("selected", "block_distances", "groups", "calibration")
+GAINS = ("target", "segmentation")
+"""Where a model is to gain."""
+PRICES = ("source", "control")
+"""What stands beside every gain."""
 
 
 class Column(NamedTuple):
@@ -48,6 +47,10 @@ class Row:
     """By what images are grouped, the worst group and all of them, each with its name, n, value, low and high."""
     calibration: Mapping[str, float] | None = None
     """How far stated probabilities are from true ones, in [0, 1], before and after temperature scaling."""
+    others: Mapping[str, float] | None = None
+    """Further metrics of the same predictions, in percent."""
+    per_class: Mapping[str, float] | None = None
+    """The metric class by class, in percent."""
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Row:
@@ -83,7 +86,7 @@ class Results:
         return self.models[0] if self.models else ""
 
     def on(self, data: str) -> list[Row]:
-        """The rows measured on `target`, `source` or `control`."""
+        """The rows measured on one of `DATA`."""
         return [row for row in self.rows if row.data == data]
 
     def columns(self, data: str) -> list[Column]:
@@ -107,16 +110,6 @@ class Results:
         measured = {row.column for row in own}
         absent = [column for column in self.columns(data) if column not in measured]
         return [column for column in absent if self.row(self.first, data, column)]
-
-
-def as_csv(rows: Iterable[Row]) -> str:
-    """Rows as the page's table shows them, with all digits; percent and points, empty where nothing was measured."""
-    shown = [field.name for field in fields(Row) if field.name not in _NO_NUMBERS]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(shown)
-    writer.writerows([getattr(row, name) for name in shown] for row in rows)
-    return buffer.getvalue()
 
 
 def gather(rows: Iterable[Row]) -> Results:

@@ -20,11 +20,13 @@ from explora.reporting import figures, words
 from explora.reporting.comparison import Change
 from explora.reporting.folder import Chain, read_chain
 from explora.reporting.pages import rendered, save_page
-from explora.reporting.rows import DATA, Column, Row
+from explora.reporting.rows import DATA, GAINS, PRICES, Column, Row
 
 _PLACES = ("out", "seed")
 """Keys of a config in which two runs of one setting may differ."""
 _MOST_KEYS = 40
+_JUDGES = (("test", "target"), ("masks_test", "segmentation"), ("source_test", "source"), ("control", "control"))
+"""Shards that judge, and what rows call them."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Setting:
 
     def change(self, model: str, data: str, column: Column) -> Change | None:
         return Change.of(self.rows(model, data, column))
+
+    def beside(self, model: str, data: str, column: Column) -> Change | None:
+        """What `change` is on other data, to stand beside `column` there, as `Results.beside` chooses it."""
+        rows = {seed: run.chain.beside(model, data, column) for seed, run in self.seeds.items()}
+        return Change.of({seed: row for seed, row in rows.items() if row})
 
     def mean(self, model: str, data: str, column: Column) -> float | None:
         values = [row.value for row in self.rows(model, data, column).values()]
@@ -133,17 +140,21 @@ def _settings(runs: Sequence[OneRun]) -> list[Setting]:
 
 def _render(settings: Sequence[Setting], out: Path) -> str:
     runs = [run for setting in settings for run in setting.runs]
-    lines = {data: _lines(runs, data) for data in DATA}
+    lines, headline = {data: _lines(runs, data) for data in DATA}, _headline(settings)
+    differing = _differing(settings)
     return rendered(
         "side.html",
         words=words,
         settings=settings,
         runs=runs,
         names={data: _name(runs, data) for data in DATA},
-        headline=_headline(settings),
+        headline=headline,
+        title=headline[0],
+        prices={data: _prices(runs) if data in GAINS else [] for data in DATA},
         lines={data: found for data, found in lines.items() if found},
         plots={data: plot for data, found in lines.items() if (plot := _plot(settings, data, found)) is not None},
-        differing=_differing(settings),
+        differing=differing[:_MOST_KEYS],
+        uncounted=max(0, len(differing) - _MOST_KEYS),
         links={run.label: _link(run, out) for run in runs},
         warnings=list(_warnings(settings)),
     )
@@ -152,6 +163,11 @@ def _render(settings: Sequence[Setting], out: Path) -> str:
 def _name(runs: Sequence[OneRun], data: str) -> str:
     """What the first run that was judged on `data` calls it."""
     return next((run.chain.data_name(data) for run in runs if run.chain.on(data)), data)
+
+
+def _prices(runs: Sequence[OneRun]) -> list[str]:
+    """The data whose changes stand beside every gain."""
+    return [data for data in PRICES if any(run.chain.on(data) for run in runs)]
 
 
 def _lines(runs: Sequence[OneRun], data: str) -> list[Line]:
@@ -235,7 +251,7 @@ def _differing(settings: Sequence[Setting]) -> list[tuple[str, list[str]]]:
     each = [setting.runs[0].settings for setting in settings]
     known = dict.fromkeys(key for own in each for key in own)
     keys = [key for key in known if any(own.get(key, ...) != each[0].get(key, ...) for own in each)]
-    return [(key, [_written(own, key) for own in each]) for key in keys[:_MOST_KEYS]]
+    return [(key, [_written(own, key) for own in each]) for key in keys]
 
 
 def _written(settings: Mapping[str, Any], key: str) -> str:
@@ -261,7 +277,7 @@ def _link(run: OneRun, out: Path) -> str | None:
 def _warnings(settings: Sequence[Setting]) -> Iterator[str]:
     """What makes a comparison of these runs doubtful."""
     runs = [run for setting in settings for run in setting.runs]
-    for role, what in (("test", "target"), ("source_test", "source"), ("control", "control")):
+    for role, what in _JUDGES:
         prints = {run.chain.shards[role].get("fingerprint") for run in runs if role in run.chain.shards}
         if len(prints) > 1:
             yield f"Not all runs were judged on the same {what} images, so their values cannot be compared directly."

@@ -48,7 +48,7 @@ def _blocks(results: Results, data: str) -> Iterator[str]:
     if not columns:
         yield f"{data}: not measured"
     widest = max(map(len, ["  images", f"    - {results.first}", *(f"  {model}" for model in results.models)]))
-    across = max(1, (_WIDTH - widest) // _CELL)
+    across = max(1, (_WIDTH - widest) // max([_CELL, *(2 + len(_head(column)) for column in columns)]))
     for first in range(0, len(columns), across):
         yield _block(results, data, columns[first : first + across])
     notes = words.footnotes(results, data)
@@ -57,7 +57,7 @@ def _blocks(results: Results, data: str) -> Iterator[str]:
 
 
 def _block(results: Results, data: str, columns: Sequence[Column]) -> str:
-    lines = [[data, *(f"{column.evaluator} {words.name(column.metric)}" for column in columns)]]
+    lines = [[data, *map(_head, columns)]]
     lines.append(["  images", *(_images(results, data, column) for column in columns)])
     for model in results.models:
         found = [results.row(model, data, column) for column in columns]
@@ -67,6 +67,10 @@ def _block(results: Results, data: str, columns: Sequence[Column]) -> str:
         if any(row and row.difference is not None for row in found):
             lines.append([f"    - {results.first}", *(_difference(row) for row in found)])
     return _align(lines)
+
+
+def _head(column: Column) -> str:
+    return f"{column.evaluator.removesuffix('_lrap')} {words.name(column.metric)}"
 
 
 def _images(results: Results, data: str, column: Column) -> str:

@@ -11,11 +11,16 @@ from explora.bands import RGB
 from explora.config import read
 from explora.reporting import words
 from explora.reporting.folder import Chain
-from explora.reporting.rows import Column
+from explora.reporting.rows import GAINS, Column
 
 _NAMED = 20
 """Unreadable images that the page names; summary.json has more."""
 _MOST_GROUPS = 30
+_GIVEN = {
+    *("c_range_start", "c_range_stop", "c_range_num", "protocol", "merge_val", "leave_one_out", "fraction", "images"),
+    *("shots", "draws", "std_over_draws", "blocks", "avgpool"),
+}
+"""Parts of `selected` that the config gives, or that are told in words."""
 
 
 @dataclass(frozen=True)
@@ -76,24 +81,27 @@ def _span(entry: Mapping[str, Any] | None) -> tuple[float, float, float] | None:
 
 def trust(chain: Chain) -> Iterator[tuple[str, list[str]]]:
     """What a sceptic asks, with the answers."""
-    target, seeds = chain.on("target"), _seeds(chain)
-    if target:
-        images = " and ".join(dict.fromkeys(words.images(row) for row in target))
+    seeds = _seeds(chain)
+    judges = [
+        (" and ".join(dict.fromkeys(map(words.images, chain.on(data)))), data) for data in GAINS if chain.on(data)
+    ]
+    if judges:
+        over = ", and over ".join(f"{images} of {chain.data_name(data)}" for images, data in judges)
         paired = "Differences are paired: both models answer the same images."
         seed = "They do not cover the luck of a training seed; runs with other seeds do, in one report side by side."
-        yield "Intervals", [f"95 %, over {images} of {chain.data_name('target')}. {paired}", seed]
+        yield "Intervals", [f"95 %, over {over}. {paired}", seed]
         chosen = "Settings were chosen on validation images, never on the test images."
         yield "Selection", [chosen, *_selected(chain)]
     if calibrated := list(_calibrated(chain)):
         said = "Mean gap between stated confidence and accuracy (expected calibration error), in points."
         yield "Calibration", [said, *calibrated]
     yield "Seeds", seeds or ["No seed is recorded in the config."]
-    shards = [_shards(key, manifest) for key, manifest in chain.shards.items()]
+    shards = [shards_line(key, manifest) for key, manifest in chain.shards.items()]
     yield "Data", shards or ["No manifest lies in this run."]
     if chain.leaks:
         yield "Leaks", [*chain.leaks, "Results over these images say too much."]
     environment = next((e for e in (chain.environment, *(s.environment for s in chain.stages)) if e), {})
-    yield from _environment(environment)
+    yield from environment_lines(environment)
     skipped = {stage.name: stage.summary.get("skipped_steps", "not recorded") for stage in chain.stages}
     if skipped:
         yield "Skipped steps", [_pairs(skipped)]
@@ -117,13 +125,17 @@ def _calibrated(chain: Chain) -> Iterator[str]:
             yield f"{words.sentence(words.column_name(column))}: {'; '.join(said)}"
 
 
-def _shards(key: str, manifest: Mapping[str, Any]) -> str:
-    images, classes = words.count(manifest.get("samples")), len(manifest.get("classes") or []) or "no"
+def shards_line(key: str, manifest: Mapping[str, Any]) -> str:
+    images, classes = (
+        words.count(manifest.get("samples")),
+        len(manifest.get("classes") or manifest.get("masks") or []) or "no",
+    )
     name, fingerprint = manifest.get("name", key), str(manifest.get("fingerprint", "?"))[:16]
     called = "" if name == key else f"{name}, "
     bands = [band["name"] for band in manifest.get("pixels", {}).get("bands", [])]
     seen = "" if not bands or tuple(bands) == RGB else f"bands {' '.join(bands)}, "
-    left = {"left out": manifest.get("left_out", 0), "duplicates": manifest.get("duplicates", 0)}
+    duplicates = manifest.get("duplicates", 0)
+    left = {"left out": manifest.get("left_out", 0), f"duplicate{'s' if duplicates != 1 else ''}": duplicates}
     left |= {f"also in {other}": count for other, count in (manifest.get("overlaps") or {}).items()}
     flaws = "".join(f"; {count} {what}" for what, count in left.items() if count)
     return f"{key}: {called}{images} images, {classes} classes, {seen}fingerprint {fingerprint}{flaws}"
@@ -136,7 +148,7 @@ def _unreadable(chain: Chain) -> Iterator[str]:
             yield f"{stage.name}: {count} skipped: {'; '.join(stage.summary.get('unreadable', [])[:_NAMED])}"
 
 
-def _environment(environment: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def environment_lines(environment: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     command = environment.get("command")
     if command:
         yield "Command", [str(command)]
@@ -154,14 +166,38 @@ def _environment(environment: Mapping[str, Any]) -> Iterator[tuple[str, list[str
 
 
 def _selected(chain: Chain) -> Iterator[str]:
-    """One line an evaluator: what was chosen for each model."""
-    for column in chain.columns("target"):
-        rows = [row for row in chain.on("target") if row.column == column and row.selected]
-        chosen = [_pairs(row.selected or {}) for row in rows]
-        if chosen:
-            each = [f"{row.model} {text}" for row, text in zip(rows, chosen, strict=True)]
-            said = f"{chosen[0]}, the same for all" if len(rows) > 1 and len(set(chosen)) == 1 else "; ".join(each)
-            yield f"{words.sentence(words.column_name(column))}: {said}"
+    """One line an evaluator: what was chosen for each model, after what it was chosen from."""
+    judged = [row for data in GAINS for row in chain.on(data)]
+    for column in dict.fromkeys(row.column for row in judged):
+        rows = [row for row in judged if row.column == column and row.selected]
+        each = [(row.model, said) for row in rows if (said := _chosen(row.selected or {}))]
+        if each and column.metric != "lrap":  # the same fit as that of the row before
+            same = len(each) > 1 and len({said for _, said in each}) == 1
+            said = f"{each[0][1]}, the same for all" if same else "; ".join(" ".join(pair) for pair in each)
+            grid = _grid(rows[0].selected or {})
+            yield f"{words.sentence(words.column_name(column))}{grid}: {said}"
+
+
+def _chosen(selected: Mapping[str, Any]) -> str:
+    """What validation images decided, with the score that decided it."""
+    said = [_pairs({key: value for key, value in selected.items() if key not in _GIVEN and not key.startswith("val_")})]
+    if "blocks" in selected:
+        count = selected["blocks"]
+        tokens = "class token" if count == 1 else f"class tokens of {count} blocks"
+        said.append(f"{tokens} and mean patch" if selected.get("avgpool") else tokens)
+    if selected.get("std_over_draws") is not None:
+        said.append(f"standard deviation {words.percent(selected['std_over_draws'])} over {selected['draws']} draws")
+    scores = {key.removeprefix("val_"): value for key, value in selected.items() if key.startswith("val_")}
+    said += [f"{words.percent(value)} % {words.name(key)} on validation images" for key, value in scores.items()]
+    return ", ".join(filter(None, said))
+
+
+def _grid(selected: Mapping[str, Any]) -> str:
+    """The values of C that were tried, in brackets; empty where none were."""
+    if "c_range_num" not in selected:
+        return ""
+    low, high = (f"10^{selected[key]:g}" for key in ("c_range_start", "c_range_stop"))
+    return f" (C of {selected['c_range_num']} from {low} to {high})"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

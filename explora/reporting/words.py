@@ -21,27 +21,49 @@ NAMES = {
     "knn_loo": "k-nearest neighbours, leave-one-out",
     "knn_loo_test": "k-nearest neighbours within the test images",
     "head": "trained head",
-    "segmentation": "linear segmentation probe",
+    "linear_segmentation": "linear segmentation probe",
     "top1": "top-1",
     "micro_map": "micro mAP",
     "macro_map": "macro mAP",
+    "micro_f1": "micro F1",
+    "lrap": "label ranking",
     "miou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "fw_iou": "frequency-weighted IoU",
+    "f1": "F1",
     "pretrain": "Pretraining",
     "finetune": "Fine-tuning",
     "adapted": "Adaptation",
     "finetuned": "Fine-tuning",
 }
-
-
+CURVES = {
+    "loss": ("loss", 1),
+    "dino_global": ("DINO loss, global crops", 1),
+    "dino_local": ("DINO loss, local crops", 1),
+    "ibot": ("iBOT loss", 1),
+    "koleo": ("KoLeo loss", 1),
+    "cross_entropy": ("cross-entropy", 1),
+    "binary_cross_entropy": ("binary cross-entropy", 1),
+    "train_accuracy": ("training accuracy, %", 100),
+    "train_samples_f1": ("training F1, %", 100),
+    "val_top1": ("validation accuracy, %", 1),
+    "val_worst_group": ("validation, worst group, %", 1),
+    "val_micro_map": ("validation micro mAP, %", 1),
+    "val_loss": ("validation loss", 1),
+    "lr": ("learning rate", 1),
+    "grad_norm": ("gradient norm", 1),
+}
+"""Logged quantities that the page shows first: what it calls them, and what their values are multiplied by."""
 _NUMBERED = {
     r"^fewshot_(\d+)$": r"\1-shot linear probe",
     r"^fewshot_(\d+)_test$": r"\1-shot linear probe within the test images",
-    r"^labels_([\d.]+)%$": r"linear probe with \1 % of the labels",
+    r"^labels_([\d.]+)%$": r"logistic regression with \1 % of the labels",
 }
 
 
 def name(key: str) -> str:
     """How the page calls an evaluator, metric, stage or the step that made a model."""
+    key = key.removesuffix("_lrap")  # the metric says it
     for pattern, said in _NUMBERED.items():
         key = re.sub(pattern, said, key)
     return NAMES.get(key, key)
@@ -50,6 +72,11 @@ def name(key: str) -> str:
 def column_name(column: Column) -> str:
     """An evaluator, with its metric unless that is plain accuracy."""
     return name(column.evaluator) + ("" if column.metric == "top1" else f", {name(column.metric)}")
+
+
+def class_metric(metric: str) -> str:
+    """What a metric over all classes is for one of them."""
+    return {"micro_map": "Average precision", "miou": "IoU"}.get(metric, name(metric))
 
 
 def measure(row: Row) -> str:
@@ -107,8 +134,11 @@ def images(row: Row) -> str:
 
 
 def footnotes(results: Results, data: str) -> list[str]:
-    """What the rows of `data` cannot say themselves: which images leave-one-out covers, and why some are absent."""
+    """What the rows of `data` cannot say themselves: what a metric is, which images count, and why some are absent."""
     notes = []
+    if any(row.metric == "lrap" for row in results.on(data)):
+        what = "for each label of an image, the share of its own among all labels that score as high, then their mean"
+        notes.append(f"Label ranking is label-ranking average precision: {what}.")
     whole = next((row for row in results.on(data) if row.evaluator == "knn_loo"), None)
     if whole:
         notes.append(f"Leave-one-out covers all {images(whole)}, each scored against all others.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,15 @@ from explora.errors import ConfigError
 from explora.models import Loaded, ModelConfig, ViT
 from explora.objectives import MAEConfig, Objective
 from explora.objectives.decoder import Decoder
-from explora.stages import finetune, pretrain
+from explora.stages import pretrain
+from explora.stages.chain_data import RawSet, look
 from explora.stages.continual import tasks_of
 from explora.stages.finetune import FinetuneConfig, FinetuneSection
 from explora.stages.fitting import fit_views
 from explora.stages.memory import sizes
-from explora.stages.pipeline import RunConfig
+from explora.stages.pipeline import RunConfig, refuse_sets, rehearse_finetune
 from explora.stages.pretrain import PretrainConfig, PretrainSection
-from explora.stages.probe_config import ProbeConfig
+from explora.stages.probe_config import SETS, ProbeConfig, refuse_unfit
 from explora.stages.section import TrainingSection, blueprint, fitted, progress_of, rehearse
 from explora.stages.sources import folders, foreseen, local_set, pixels_in
 from explora.stages.task_modules import ContinualConfig, rehearse_module
@@ -67,6 +67,7 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         chain = configs.validate(RunConfig, raw, source)
         model, needed = chain.model, {f"data.{role}": folder for role, folder in chain.data.folders().items()}
         loaded = _sketch(model)
+        found = _found(chain, loaded.vit)
         seen = pixels_in(chain.data.pretrain or chain.data.train)
         tune = None if chain.finetune is None else fitted(chain.finetune, loaded.vit, seen)
         learns = None if chain.pretrain is None else fitted(chain.pretrain, loaded.vit, seen)
@@ -74,7 +75,7 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         if chain.pretrain is not None:
             yield from _pretrain(chain.pretrain, model, copy.deepcopy(loaded))
         if chain.finetune is not None:
-            yield from _finetune(chain.finetune, copy.deepcopy(loaded), chain.data.train)
+            yield from _finetune(chain.finetune, copy.deepcopy(loaded), found.get("train"), chain.seed)
             needed |= _validation("finetune.", chain.finetune)
     elif "tasks" in raw:
         teaching = configs.validate(ContinualConfig, raw, source)
@@ -89,7 +90,7 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         loaded = _sketch(model)
         labelled = local_set(tuning.train) if Path(tuning.train).exists() else None
         yield configs.dump(fitted(tuning, loaded.vit, None if labelled is None else labelled.pixels))
-        yield from _finetune(tuning, copy.deepcopy(loaded), tuning.train)
+        yield from _finetune(tuning, copy.deepcopy(loaded), labelled, tuning.seed)
         needed |= _validation("", tuning)
     else:
         training = configs.validate(PretrainConfig, raw, source)
@@ -99,6 +100,15 @@ def _facts(raw: Mapping[str, Any], source: object) -> Iterator[str]:
         yield from _pretrain(training, model, copy.deepcopy(loaded))
         needed |= {"monitor.shards": training.monitor.shards} if training.monitor else {}
     yield _missing({**needed, **_weights("model", model)})
+
+
+def _found(config: RunConfig, vit: ViT) -> dict[str, ShardSet | RawSet]:
+    """The sets of a chain that are here, packed or not, after what the run would say against them at its start."""
+    shards, places = Path(config.out) / "shards", config.data.folders().items()
+    here = [role for role, place in places if Path(place).exists() or (shards / role).exists()]
+    found = {role: look(config.data, role, shards) for role in here}
+    refuse_sets(config, found, vit)
+    return found
 
 
 def _met(config: PretrainConfig) -> Pixels | None:
@@ -118,11 +128,11 @@ def _pretrain(section: PretrainSection, model: ModelConfig, loaded: Loaded) -> I
     return _stage("pretrain", section, rehearse(section, loaded, pretrain.build), flops)
 
 
-def _finetune(section: FinetuneSection, loaded: Loaded, labelled: str) -> Iterator[str]:
+def _finetune(section: FinetuneSection, loaded: Loaded, images: ShardSet | RawSet | None, seed: int) -> Iterator[str]:
     flops = flops_per_image(loaded.vit, loaded.vit.image_size)
-    several = (Path(labelled) / "manifest.json").is_file() and ShardSet.open(labelled).multilabel
-    build = partial(finetune.build, classes=_classes(Path(labelled)), multilabel=several)
-    return _stage("finetune", section, rehearse(section, loaded, build), flops)
+    if any(place and not Path(place).exists() for place in _validation("", section).values()):
+        section = section.model_copy(update={"validation": None})
+    return _stage("finetune", section, rehearse_finetune(section, loaded, images, seed), flops)
 
 
 def _validation(prefix: str, section: FinetuneSection) -> dict[str, str | None]:
@@ -132,7 +142,8 @@ def _validation(prefix: str, section: FinetuneSection) -> dict[str, str | None]:
 def _continual(config: ContinualConfig, loaded: Loaded, sets: Mapping[str, ShardSet]) -> Iterator[str]:
     """The facts of one task's training, and the tasks as far as the shards are there."""
     flops = flops_per_image(loaded.vit, loaded.vit.image_size)
-    yield from _stage("continual", config, rehearse_module(config, loaded, _classes(Path(config.train))), flops)
+    classes = len(sets["train"].classes or ()) or 2 if "train" in sets else 2
+    yield from _stage("continual", config, rehearse_module(config, loaded, classes), flops)
     if len(sets) < 2:
         yield "  tasks                 known when both sets of shards are there"
     else:
@@ -172,8 +183,8 @@ def _stage(stage: str, section: TrainingSection, objective: Objective, flops: in
 
 def _probe(config: ProbeConfig) -> Iterator[str]:
     """What is known of the models before any image is seen."""
-    roles: dict[str, str | None] = {"train": config.train, "test": config.test}
-    roles |= {"source_train": config.source_train, "source_test": config.source_test}
+    roles: dict[str, str | None] = {role: getattr(config, role) for role in SETS}
+    refuse_unfit(config, {role: local_set(path) for role, path in roles.items() if path and Path(path).exists()})
     yield "probe"
     for name, model in config.models.items():
         roles |= {**_weights(f"models.{name}", model), f"models.{name}.head": model.head}
@@ -217,13 +228,6 @@ def flops_per_image(vit: ViT, side: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vit.features(image)
     return counter.get_total_flops()
-
-
-def _classes(shards: Path) -> int:
-    """Classes of packed or raw data; 2 where it is not there yet."""
-    if (shards / "manifest.json").is_file():
-        return len(ShardSet.open(shards).classes or ()) or 2
-    return sum(path.is_dir() for path in shards.iterdir()) or 2 if shards.is_dir() else 2
 
 
 def _missing(needed: Mapping[str, str | None]) -> str:

@@ -13,12 +13,14 @@ from typing import Any
 
 from explora import config as configs
 from explora.config import Config, Overrides
+from explora.data import ShardSet
 from explora.distributed.place import place
 from explora.errors import ConfigError, ExploraError, Locked, Preempted, RunError
-from explora.reporting import write_leaderboard
-from explora.runs import Run, write_atomically
+from explora.reporting import leaderboard_table, write_leaderboard
+from explora.runs import Run, environment, write_atomically
+from explora.stages.chain_data import pack_all
 from explora.stages.compare_config import CompareConfig, chains, load
-from explora.stages.pipeline import RunConfig, pack_all, rehearse_chain, run
+from explora.stages.pipeline import RunConfig, rehearse_chain, run
 from explora.stages.training import logger
 
 _PATIENCE = 5
@@ -27,7 +29,8 @@ Planned = Sequence[tuple[str, RunConfig]]
 
 
 def compare(sources: str | Path | Sequence[str | Path] | Mapping[str, Any], overrides: Overrides = None) -> Path:
-    """Train and judge every entry with every seed, leaving out what is done; the page is written anew after each.
+    """Train and judge every entry with every seed, leaving out what is done, and log the table; the page is written
+    anew after each.
 
     Several processes may work on one comparison with one config: each takes a chain that no other is at, and ends when
     all that is left is at others. An entry that fails does not keep the others from being tried.
@@ -54,15 +57,17 @@ def compare(sources: str | Path | Sequence[str | Path] | Mapping[str, Any], over
     with _alone(shards, config.data):
         pack_all(shards, config.data)
     _rehearse(planned[: len(planned) // len(config.seeds)])
-    _collect(config, planned, {})
-    failed = _train(config, planned)
+    here = environment()
+    page = _collect(config, planned, {}, here)
+    failed = _train(config, planned, here)
+    logger.info("\n%s\n\nreport: %s", leaderboard_table(Path(config.out)), page)
     if failed:
         told = [f"{called}: {error}" for called, error in failed.items()]
         raise RunError("\n  ".join([f"{config.out}: {len(failed)} of {len(planned)} runs have no result:", *told]))
     return Path(config.out)
 
 
-def _train(config: CompareConfig, planned: Planned) -> dict[str, str]:
+def _train(config: CompareConfig, planned: Planned, here: Mapping[str, Any]) -> dict[str, str]:
     """Run what has no result yet, and collect after each; returns what failed, and why."""
     failed: dict[str, str] = {}
     left = [(name, chain) for name, chain in planned if not _is_finished(chain)]
@@ -83,7 +88,7 @@ def _train(config: CompareConfig, planned: Planned) -> dict[str, str]:
             except ExploraError as error:
                 failed[called] = str(error)
                 logger.error("compare: %s failed: %s", called, error)
-            _collect(config, planned, failed)
+            _collect(config, planned, failed, here)
         if len(at_others) == len(left):
             logger.info("compare: other processes are at %s", ", ".join(_called(*each) for each in at_others))
             break
@@ -99,7 +104,8 @@ def _called(name: str, chain: RunConfig) -> str:
 
 def _is_finished(chain: RunConfig) -> bool:
     """Whether a run has a result."""
-    return all((Path(chain.out) / name).exists() for name in ("summary.json", "probe/results.jsonl"))
+    needed = "summary.json", "probe/results.jsonl", "probe/results.csv"
+    return all((Path(chain.out) / name).exists() for name in needed)
 
 
 @contextmanager
@@ -120,10 +126,10 @@ def _refuse_changed(planned: Planned) -> None:
     """Refuse a config that is no longer that of the runs which are there.
 
     Raises:
-        RunError: names all such folders, and what differs.
+        RunError: names what differs, and the runs where it does.
     """
-    changed = []
-    for _, chain in planned:
+    changed: dict[str, list[str]] = {}
+    for name, chain in planned:
         if (Path(chain.out) / "config.yaml").exists():
             try:
                 with Run.open(chain.out, chain):
@@ -131,10 +137,13 @@ def _refuse_changed(planned: Planned) -> None:
             except Locked:
                 continue  # who is at it has looked
             except RunError as error:
-                changed.append(str(error))
+                head, *differences = str(error).removeprefix(f"{chain.out}: ").splitlines()
+                told = "\n".join([head, *differences[:-1]])  # the last is advice for this folder alone
+                changed.setdefault(told, []).append(_called(name, chain))
     if changed:
+        each = [f"{'; '.join(runs)}: {told}" for told, runs in changed.items()]
         advice = "changed settings need an entry of another name, or another out; to train anew, delete the folder"
-        raise RunError("\n".join([*changed, advice]))
+        raise RunError("\n".join([*each, advice]))
 
 
 def _rehearse(planned: Planned) -> None:
@@ -153,8 +162,8 @@ def _rehearse(planned: Planned) -> None:
         raise ConfigError("\n".join(f"{', '.join(names)}: {error}" for error, names in wrong.items()))
 
 
-def _collect(config: CompareConfig, planned: Planned, failed: Mapping[str, str]) -> None:
-    """Write what there is so far: the rows of finished runs, what is planned and what failed, the page."""
+def _collect(config: CompareConfig, planned: Planned, failed: Mapping[str, str], here: Mapping[str, Any]) -> Path:
+    """Write what there is so far: the rows of finished runs, what is planned and what failed, the page; returns it."""
     out = Path(config.out)
     with _alone(out / "shards", config.data):  # one process at a time, so that the last word holds all results
         done = [(name, chain) for name, chain in planned if _is_finished(chain)]
@@ -164,16 +173,18 @@ def _collect(config: CompareConfig, planned: Planned, failed: Mapping[str, str])
         open_ones = {_called(*each) for each in planned if each not in done}
         leaks = [_summary(chain, "")["leaks"] for _, chain in done]
         write_atomically(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        write_atomically(out / "results.csv", _csv(rows))
+        write_atomically(out / "results.csv", _csv(done))
         told = {
             "entries": list(dict.fromkeys(name for name, _ in planned)),
             "seeds": list(config.seeds),
             "failures": {called: error for called, error in failures.items() if called in open_ones},
             "leaks": list(dict.fromkeys(leak for found in leaks for leak in found)),
             "config": configs.dump(config),
+            "environment": here,
+            "shards": {role: _known(ShardSet.open(out / "shards" / role)) for role in config.data.folders()},
         }
         write_atomically(state, json.dumps(told, indent=1) + "\n")
-        write_leaderboard(out)
+        return write_leaderboard(out)
 
 
 def _rows(name: str, chain: RunConfig) -> Iterator[dict[str, Any]]:
@@ -191,12 +202,21 @@ def _summary(chain: RunConfig, stage: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The same rows for a spreadsheet: a column for every key, lists and mappings as JSON."""
+def _csv(done: Planned) -> str:
+    """The chains' own results.csv in one, in the columns of torchgeo-bench, with entry and seed in front."""
+    rows: list[dict[str, Any]] = []
+    for name, chain in done:
+        own = {"entry": name, "seed": chain.seed}
+        with (Path(chain.out) / "probe" / "results.csv").open(newline="", encoding="utf-8") as file:
+            rows += [{**own, **row, **own} for row in csv.DictReader(file)]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        plain = {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in row.items()}
-        writer.writerow(plain)
+    writer.writerows(rows)
     return text.getvalue()
+
+
+def _known(shards: ShardSet) -> dict[str, Any]:
+    """What tells one set of images from another."""
+    told = shards.manifest
+    return {"name": told.name, "samples": told.samples, "classes": told.classes, "fingerprint": told.fingerprint}

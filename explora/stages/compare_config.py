@@ -14,7 +14,8 @@ from explora import config as configs
 from explora.config import Config, Overrides
 from explora.errors import ConfigError
 from explora.models import ModelConfig
-from explora.stages.pipeline import DataConfig, RunConfig
+from explora.stages.chain_data import DataConfig
+from explora.stages.pipeline import RunConfig
 from explora.stages.probe_config import ProbeSection
 
 TAKEN = {"shards", "features"}
@@ -33,6 +34,19 @@ class Entry(Config):
     """What differs from the task's `finetune`; null leaves fine-tuning out."""
     over: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Values to try, each with each, by their keys: `finetune.adapt.rank: [4, 8, 16]` makes three entries."""
+
+    @field_validator("over", mode="before")
+    @classmethod
+    def _dotted(cls, over: Any) -> Any:
+        """An override such as `entries.x.over.finetune.steps=[1]` is taken apart at every dot."""
+        for key, value in over.items() if isinstance(over, Mapping) else ():
+            path = str(key)
+            while isinstance(value, Mapping) and value:
+                inner, value = next(iter(value.items()))
+                path = f"{path}.{inner}"
+            if path != key:
+                raise ValueError(f"keys here hold their dots; give all of it at once, over={{{path}: {value}}}")
+        return over
 
     @field_validator("over")
     @classmethod

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from explora.data import Center, ShardSet
 from explora.distributed import device_of, precision_on
 from explora.errors import ConfigError, DataError
 from explora.evaluation import Features, extract, split
+from explora.evaluation.base import accuracy
 from explora.evaluation.logreg import Fit, Problem
 from explora.models import fingerprint
 from explora.objectives import Supervised
@@ -70,18 +72,23 @@ def pooled(features: Features, pool: str) -> Tensor:
 
 
 def _fitted(x: Tensor, labels: Tensor, classes: int, seed: int) -> Fit:
-    """The fit of all images (N, D) at the penalty under which four fifths of them best predict the others."""
+    """The fit of all images (N, D) at the penalty under which four fifths of them best predict the others.
+
+    Where penalties are as often right, the one of the lowest cross-entropy.
+
+    Raises:
+        DataError: no class has two images.
+    """
     learn, judge = split(labels, _JUDGES, seed)
     if not len(judge):
         raise DataError("head_start: a probe's penalty is chosen on some images of a class; no class has two here")
-    problem, fit = Problem(x[learn], labels[learn], classes), None
-    path: list[tuple[float, float, Fit]] = []
-    for c in _PENALTIES.tolist():
-        fit = problem.solve(c, fit)
-        path.append((float((fit.predict(x[judge]) == labels[judge]).double().mean()), c, fit))
-    best, c, start = max(path, key=lambda one: one[0])
+    found = []
+    for c, fit in Problem(x[learn], labels[learn], classes).path(_PENALTIES.tolist()):
+        logits = fit.logits(x[judge])
+        found.append((accuracy(logits.argmax(1), labels[judge]), -float(cross_entropy(logits, labels[judge])), c, fit))
+    best, _, c, start = max(found, key=lambda one: one[:2])
     logger.info(
         "head_start: the probe of the starting backbone, C %g, top-1 %.1f %% of %d images left out to choose it",
-        *(c, 100 * best, len(judge)),
+        *(c, best, len(judge)),
     )
     return Problem(x, labels, classes).solve(c, start)

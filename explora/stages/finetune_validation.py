@@ -19,6 +19,8 @@ from explora.distributed import Precision, autocast, of_all, rank, size
 from explora.engine.monitor import Watcher, evaluating
 from explora.errors import DataError, TrainingError
 from explora.evaluation import split
+from explora.evaluation.base import accuracy
+from explora.evaluation.groups import LEAST, members
 from explora.evaluation.multilabel import micro_map
 from explora.models import ViT
 from explora.objectives import Supervised
@@ -29,8 +31,6 @@ from explora.stages.sources import local_set
 logger = logging.getLogger("explora")
 
 _AT_ONCE = 64
-_A_GROUP = 10
-"""The accuracy of fewer images of a group than these is mostly chance."""
 
 
 class ValidationConfig(Config):
@@ -259,17 +259,25 @@ def _score(logits: Tensor, labels: Tensor) -> float:
     """Percent: top-1 accuracy of logits (n, C) for labels (n,), or micro-mAP for labels (n, C)."""
     if labels.ndim == 2:
         return 100 * micro_map(logits.numpy(), labels.numpy())
-    return 100 * float((logits.argmax(-1) == labels).double().mean())
+    return accuracy(logits.argmax(-1), labels)
 
 
 def _judged_groups(judges: Judges) -> list[Tensor]:
-    """Places among the judges of the images of each group that has enough of them."""
-    groups = judges.images.groups[judges.rows]
-    judged = [np.flatnonzero(groups == group) for group in np.unique(groups[groups >= 0])]
-    enough = [torch.from_numpy(places) for places in judged if len(places) >= _A_GROUP]
+    """Places among the judges of the images of each group that has enough of them.
+
+    Raises:
+        DataError: there are no groups, or all are too small.
+    """
+    told = judges.images.manifest.groups
+    if told is None:
+        raise DataError(
+            f"validation.metric: the images in {judges.images.folder} are in no groups; pack them by --recipe table "
+            "from a list with a column `group`, or take top1"
+        )
+    enough = members(judges.images.groups[judges.rows], told.names).values()
     if not enough:
         raise DataError(
-            f"validation.metric: no group in {judges.images.folder} has {_A_GROUP} images to judge on; raise "
+            f"validation.metric: no group in {judges.images.folder} has {LEAST} images to judge on; raise "
             "validation.fraction, give validation.shards, or take top1"
         )
-    return enough
+    return [torch.from_numpy(places) for places in enough]

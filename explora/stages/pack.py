@@ -26,6 +26,8 @@ SHARDS = "shards"
 LOG_EVERY = 10.0
 """Seconds between two lines on progress where there is no terminal."""
 
+_ANYBODYS = frozenset({"folder", "table", "segmentation"})
+"""Recipes for images of any data set, which is called after where it lies."""
 _NAMELESS = frozenset({"train", "test", "val", "validation", "images", "png", "jpg", "jpeg", "tif", "tiff"})
 """Folders that say which part or which format of a data set they hold, and not which data set."""
 
@@ -50,9 +52,8 @@ def pack(
         out: new folder; an existing one is refused. None makes it `shards/<name>`.
         recipe: how the data set is laid out; see `recipes()`.
         split: the part of the data set to pack; None packs all of it.
-        name: what to call the data. None takes the name of the folder, or of the first one above where it is only
-            called train, test, val, images or after a format; for any other recipe than `folder`, that of the recipe
-            and the split.
+        name: what to call the data. None takes the names of recipe and split; for `folder`, `table` and `segmentation`
+            that of the folder or table, or of the first folder above one called train, images, png or the like.
         shard_mb: size of a shard in MiB.
         workers: processes; 0 works in this one, None takes as many as there are cores.
         against: folders of shards, such as those of the test split, that should have no image in common with these;
@@ -89,11 +90,12 @@ def _refuse_inside(out: Path, root: Path, recipe: str) -> None:
 
 
 def _name(root: Path, recipe: str, split: str | None) -> str:
-    if recipe != "folder":
+    if recipe not in _ANYBODYS:
         return f"{recipe}-{split}" if split else recipe
-    folder = Path(root, split or "").resolve()
-    named = (one.name for one in (folder, *folder.parents) if one.name and one.name.lower() not in _NAMELESS)
-    return next(named, folder.name)
+    part = f"-{split}" if recipe == "table" and split else ""  # of a folder, the split is one more folder
+    place = root.with_suffix("").resolve() if recipe == "table" else Path(root, split or "").resolve()
+    named = (one.name for one in (place, *place.parents) if one.name and one.name.lower() not in _NAMELESS)
+    return next(named, place.name) + part
 
 
 @contextmanager

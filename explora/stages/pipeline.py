@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,10 +14,11 @@ from pydantic import Field, model_validator
 from explora import config as configs
 from explora.bands import RGB, Pixels
 from explora.config import Config, Overrides
-from explora.data import Center, ShardSet, overlap, whole_range
+from explora.data import Center, ShardSet, whole_range
 from explora.distributed import on_first, rank
-from explora.errors import ConfigError, DataError, RunError
-from explora.models import ModelConfig
+from explora.errors import ConfigError, DataError, ExploraError, RunError
+from explora.models import Loaded, ModelConfig, ViT
+from explora.objectives import Objective, Supervised
 from explora.reporting import (
     continual_table,
     is_comparison,
@@ -27,57 +29,21 @@ from explora.reporting import (
     write_report,
     write_side,
 )
+from explora.runs import Run
+from explora.stages.chain_data import DataConfig, RawSet, leaks, look, pack_all
 from explora.stages.finetune import FinetuneSection, finetune
 from explora.stages.finetune import build as build_finetune
+from explora.stages.finetune_validation import Validation, divided
 from explora.stages.fitting import RANGE, bands_of
-from explora.stages.pack import pack, recipe_of
 from explora.stages.pretrain import PretrainSection, pretrain
 from explora.stages.pretrain import build as build_pretrain
 from explora.stages.probe import judge
-from explora.stages.probe_config import ProbeSection, check_pairs
+from explora.stages.probe_config import ProbeSection, refuse_unfit
 from explora.stages.section import TrainingSection, blueprint, rehearse
 from explora.stages.training import logger, opened, together
 
 Stage = Literal["pack", "pretrain", "finetune", "probe", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-
-
-class DataConfig(Config):
-    """Folders of images, or of shards that `explora pack` wrote; folders are packed into the run."""
-
-    pretrain: str | None = None
-    """Target images to pretrain on, labelled or not; null takes those of `train`."""
-    train: str
-    """Labelled target images to fit probes and to fine-tune on."""
-    test: str
-    """Labelled target images that only judge."""
-    source_train: str | None = None
-    """Labelled source-domain images to fit probes on: with these the report says what was forgotten."""
-    source_test: str | None = None
-    """Labelled source-domain images that only judge."""
-    control: str | None = None
-    """Labelled images of neither domain: what rises here as well is no adaptation to the target."""
-    masks_train: str | None = None
-    """Target images with masks to fit the segmentation probe on, as the recipe `segmentation` finds them."""
-    masks_test: str | None = None
-    """Target images with masks that only judge."""
-    recipe: str = "folder"
-    """How the folders are laid out."""
-    pixels: Pixels | None = None
-    """What the values of raw images mean, where the recipe does not know: bands, dtype, unit, scale, offset."""
-
-    @model_validator(mode="after")
-    def _whole_pairs(self) -> DataConfig:
-        check_pairs(self)
-        return self
-
-    def folders(self) -> dict[str, str]:
-        """What is given, by role."""
-        return {role: folder for role, folder in self if role not in ("recipe", "pixels") and folder is not None}
-
-    def recipe_for(self, role: str) -> str:
-        """How the folder of a role is laid out."""
-        return "segmentation" if role.startswith("masks_") else self.recipe
 
 
 class RunConfig(Config):
@@ -115,7 +81,9 @@ class RunConfig(Config):
 def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, stage: Stage | None = None) -> Path:
     """Pack, pretrain, fine-tune, probe and report; finished training is not repeated, features come from the cache.
 
-    On several ranks these train together; the first packs before and probes and reports after that.
+    On several ranks these train together; the first packs before and probes and reports after that. What was packed
+    is held to `data`, and the whole chain to its config as soon as a stage has begun to train or to judge: until then
+    a mistake that a stage meets can be corrected in the same folder.
 
     Args:
         stage: the only one to run; those before it must have finished.
@@ -133,11 +101,9 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, sta
     out = Path(config.out)
     with together(config.training.loop):
         alone = rank() == 0
-        with opened(config):
+        with _claimed(config):
             if "pack" in stages:
-                on_first(lambda: rehearse_chain(config, out / "shards"))
-                on_first(lambda: pack_all(out / "shards", config.data))
-                on_first(lambda: _warn_of_leaks(out / "shards"))
+                on_first(lambda: _pack(config, out / "shards"))
             else:
                 on_first(lambda: _refuse_early(config, stages[0]))
             if "pretrain" in stages and config.pretrain is not None:
@@ -149,9 +115,38 @@ def run(source: str | Path | Mapping[str, Any], overrides: Overrides = None, sta
             if "probe" in stages:
                 judge({**_given(config, "probe"), "models": _alike(config), **_judged(config)})
             if "report" in stages:
-                chain.finish({"stage": "run", "leaks": _leaks(out / "shards")})
+                chain.finish({"stage": "run", "leaks": _leaks(config)})
                 report(out)
     return out / "report.html"
+
+
+@contextmanager
+def _claimed(config: RunConfig) -> Iterator[None]:
+    """The chain's folder; a mistake before any stage has begun leaves it to no config, though it holds shards."""
+    out = Path(config.out)
+    with opened(config):
+        try:
+            yield
+        except ExploraError:
+            if rank() == 0 and not any((out / stage / "config.yaml").exists() for stage in STAGES):
+                (out / "config.yaml").unlink(missing_ok=True)
+            raise
+
+
+def _pack(config: RunConfig, shards: Path) -> None:
+    """Pack what is not, between two looks at what could go wrong later."""
+    rehearse_chain(config, shards)
+    with Run.open(shards, config.data):
+        pack_all(shards, config.data)
+    if config.finetune is not None and config.finetune.validation is not None:
+        rehearse_chain(config, shards)  # what is held out, and its groups, shows in packed images alone
+    for leak in _leaks(config):
+        logger.warning("%s", leak)
+
+
+def _leaks(config: RunConfig) -> list[str]:
+    validation = config.finetune.validation if config.finetune else None
+    return leaks(Path(config.out) / "shards", validation.shards if validation else None)
 
 
 def report(folder: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -160,11 +155,13 @@ def report(folder: str | Path | Sequence[str | Path], out: str | Path | None = N
     Several chains stand side by side on one page, `side_by_side.html` beside the first of them unless `out` says else.
 
     Raises:
-        RunError: the folder holds no run, or a damaged one.
+        RunError: a folder holds no run, or a damaged one, or a comparison among several.
     """
     to = None if out is None else Path(out)
     several = [folder] if isinstance(folder, str | Path) else list(folder)
     if len(several) > 1:
+        if found := [str(one) for one in several if is_comparison(Path(one))]:
+            raise RunError(f"{found[0]}: is a comparison, which has a page of its own; report it alone")
         path = write_side([Path(one) for one in several], to or Path(several[0]).parent / "side_by_side.html")
         logger.info("report: %s", path)
         return path
@@ -180,31 +177,52 @@ def report(folder: str | Path | Sequence[str | Path], out: str | Path | None = N
 
 
 def rehearse_chain(config: RunConfig, shards: Path) -> None:
-    """Meet now the mistakes that the last stage would meet after hours."""
-    counts, meant = {}, {}
+    """Meet now the mistakes that the last stage would meet after hours; packed sets tell more than raw ones.
+
+    Raises:
+        ConfigError, DataError, WeightsError: what is wrong with the config, the sets or the weights.
+    """
     source = blueprint(config.model)
-    for role, origin in config.data.folders().items():
-        if (shards / role).exists():
-            origin = str(shards / role)
-        packed = ShardSet.open(origin) if _packed(origin) else None
-        found = packed or recipe_of(config.data.recipe_for(role))(Path(origin), None)
-        if role.startswith("masks_"):
-            if found.masks is None:
-                raise DataError(f"data.{role}: {origin} has no masks; pack it with --recipe segmentation")
-        elif found.classes is None and role != "pretrain":
-            raise DataError(f"data.{role}: {origin} has no labels; the probe needs one folder per class")
-        counts[role] = len(found.classes or ())
-        meant[role] = found.pixels if packed or config.data.pixels is None else config.data.pixels
-        if packed and config.data.pixels is not None and _meaning(packed.pixels) != _meaning(config.data.pixels):
-            raise ConfigError(
-                f"data.pixels: {origin} is packed already, and its values mean something else; leave data.pixels out, "
-                "or give the images that were packed"
-            )
-    _refuse_unlike(meant, bands_of(config.training.views, source.vit, meant["train"]))
+    sets = {role: look(config.data, role, shards) for role in config.data.folders()}
+    refuse_sets(config, sets, source.vit)
     if config.pretrain is not None:
         rehearse(config.pretrain, copy.deepcopy(source), build_pretrain)
     if config.finetune is not None:
-        rehearse(config.finetune, source, partial(build_finetune, classes=counts["train"]))
+        rehearse_finetune(config.finetune, source, sets["train"], config.seed)
+
+
+def refuse_sets(config: RunConfig, sets: Mapping[str, ShardSet | RawSet], vit: ViT) -> None:
+    """Refuse sets, by role, that the stages cannot learn from or be judged on; those that are not there are not missed.
+
+    Raises:
+        ConfigError, DataError: names the set or the key.
+    """
+    refuse_unfit(config.probe, sets, "data.")
+    if "train" in sets:
+        bands = bands_of(config.training.views, vit, sets["train"].pixels)
+        _refuse_unlike({role: found.pixels for role, found in sets.items()}, bands)
+
+
+def rehearse_finetune(
+    section: FinetuneSection, source: Loaded, images: ShardSet | RawSet | None, seed: int
+) -> Objective:
+    """`rehearse`, and what the images say against fine-tuning on them; None where they are not there yet.
+
+    Raises:
+        ConfigError, DataError: names the key; what is held out, and its groups, is seen in packed images alone.
+    """
+    classes = (None if images is None else images.classes) or ("one", "other")
+    several = images is not None and images.multilabel
+    if several and section.head_start == "probe":
+        raise ConfigError("head_start: a probe tells classes apart, but images have several labels; use random")
+    if several and section.order.balance:
+        raise ConfigError("order.balance: images with several labels cannot be balanced; set it to 0")
+    objective = rehearse(section, source, partial(build_finetune, classes=len(classes), multilabel=several))
+    if section.validation is not None and isinstance(images, ShardSet) and isinstance(objective, Supervised):
+        _, judges = divided(section.validation, images, seed)
+        if judges is not None:
+            Validation(section.validation, objective, judges, Center(), on_best=lambda: None)
+    return objective
 
 
 def _refuse_unlike(meant: Mapping[str, Pixels], bands: tuple[str, ...]) -> None:
@@ -224,11 +242,6 @@ def _refuse_unlike(meant: Mapping[str, Pixels], bands: tuple[str, ...]) -> None:
             raise DataError(
                 f"data.{role}: holds values in {pixels.unit}, but data.train in {meant['train'].unit}; {unit}"
             )
-
-
-def _meaning(pixels: Pixels) -> dict[str, Any]:
-    """What stored values are, without what was measured of them."""
-    return {**pixels.model_dump(exclude={"bands"}), "names": pixels.names}
 
 
 def _refuse_early(config: RunConfig, stage: str) -> None:
@@ -301,50 +314,3 @@ def _alike(config: RunConfig) -> dict[str, Any]:
 def _shards(config: RunConfig) -> dict[str, str]:
     """Shard folders by role, where packing leaves them."""
     return {role: str(Path(config.out) / "shards" / role) for role in config.data.folders()}
-
-
-def pack_all(folder: Path, data: DataConfig) -> None:
-    """Pack raw folders, link packed ones, so that a run holds them all by their roles."""
-    pixels = None if data.pixels is None else data.pixels.model_dump(mode="json")
-    for role, origin in data.folders().items():
-        if (folder / role).exists():
-            _refuse_changed(folder / role, role, origin, data.recipe_for(role))
-        elif _packed(origin):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / role).unlink(missing_ok=True)  # a link whose target has moved
-            (folder / role).symlink_to(Path(origin).resolve())
-        else:
-            pack(origin, folder / role, recipe=data.recipe_for(role), pixels=pixels)
-
-
-def _leaks(folder: Path) -> list[str]:
-    """What judges although it has taught, a sentence for each pair of sets."""
-    found = []
-    for taught, judges in (("train", "test"), ("pretrain", "test"), ("source_train", "source_test")):
-        if (folder / taught).exists() and (folder / judges).exists():
-            a, b = ShardSet.open(folder / taught), ShardSet.open(folder / judges)
-            if leaked := len(overlap(b, a)):
-                found.append(f"data.{judges}: {leaked} of its {len(b)} images are in data.{taught}, too")
-    return found
-
-
-def _warn_of_leaks(folder: Path) -> None:
-    for leak in _leaks(folder):
-        logger.warning("%s", leak)
-
-
-def _refuse_changed(shards: Path, role: str, origin: str, recipe: str) -> None:
-    """Shards are not packed anew: a folder that grew since would go unnoticed."""
-    if shards.is_symlink() or not Path(origin).exists():
-        return
-    packed = ShardSet.open(shards)
-    before, now = len(packed) + packed.manifest.left_out, sum(1 for _ in recipe_of(recipe)(Path(origin), None).samples)
-    if now != before:
-        raise DataError(
-            f"data.{role}: {origin} has changed since its images were packed: {now} images now, {before} then; "
-            f"remove {shards} and the stages beside it that learnt from it, or choose another out"
-        )
-
-
-def _packed(origin: str) -> bool:
-    return (Path(origin) / "manifest.json").is_file()

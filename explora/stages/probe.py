@@ -13,13 +13,12 @@ from torch import Tensor
 from explora import config as configs
 from explora.config import Overrides
 from explora.data import Center, ShardSet
-from explora.errors import DataError
 from explora.evaluation import Features
 from explora.reporting import results_table
 from explora.reporting.bench import Facts
 from explora.runs import Run
 from explora.stages.fitting import fit_views
-from explora.stages.probe_config import SETS, ProbeConfig, ProbedModel
+from explora.stages.probe_config import SETS, ProbeConfig, ProbedModel, refuse_unfit
 from explora.stages.probe_pictures import pictures_of
 from explora.stages.probe_rows import drift, facts_of, moved, rows_of, write
 from explora.stages.probed import Judged, Probed
@@ -45,7 +44,7 @@ def judge(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
     config = configs.load(ProbeConfig, source, overrides)
     with Run.open(config.out, config) as run:
         sets = {name: ShardSet.open(path) for name in SETS if (path := getattr(config, name))}
-        _refuse_unfit(config, sets)
+        refuse_unfit(config, sets)
         views = _views(config, sets)
         judged: list[Judged] = []
         drifts: dict[str, dict[str, Any]] = {}
@@ -83,31 +82,6 @@ def _judged(
         yield from probed.judge_head(model.head, sets["test"])
     if "masks_test" in sets:
         yield from probed.judge_masks(sets["masks_train"], sets["masks_test"])
-
-
-def _refuse_unfit(config: ProbeConfig, sets: Mapping[str, ShardSet]) -> None:
-    """Refuse sets that cannot be judged as the config says, before anything is extracted.
-
-    Raises:
-        DataError: a set has no labels or no masks, or the evaluators are for labels of another kind.
-    """
-    for name, shards in sets.items():
-        if name.startswith("masks_"):
-            if shards.masks is None:
-                raise DataError(f"{name}: {shards.folder} has no masks; pack it with --recipe segmentation")
-        elif shards.classes is None:
-            raise DataError(f"{name}: {shards.folder} has no labels; a probe needs them")
-    for data, (_, test, evaluators) in config.judges().items():
-        if test not in sets:
-            continue
-        several = sets[test].multilabel
-        unfit = [one.label for one in evaluators if one.several_labels != several]
-        if unfit or (several and data == "target" and config.linear_crops):
-            kind, fitting = ("several labels", "logreg_multi, knn_multi") if several else ("one label", "linear, knn")
-            raise DataError(
-                f"{test}: the images of {sets[test].folder} have {kind} each, which "
-                f"{', '.join(unfit) or 'linear_crops'} cannot judge by; use evaluators such as {fitting}"
-            )
 
 
 def _views(config: ProbeConfig, sets: Mapping[str, ShardSet]) -> dict[str, Center]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
 from pydantic import Field, field_validator, model_validator
 
 from explora.config import Config
 from explora.data import Center
 from explora.distributed import Precision
+from explora.errors import DataError
 from explora.evaluation import KNN, AnyEvaluator, Linear, LinearCrops, LogisticRegression
 from explora.evaluation.segmentation import LinearSegmentation
 from explora.models import ModelConfig
@@ -70,6 +75,21 @@ class ProbeSection(Config):
             raise ValueError(f"{', '.join(twice)} more than once: their results could not be told apart; keep one")
         return evaluators
 
+    def judges(self) -> dict[str, tuple[str, str, tuple[AnyEvaluator, ...]]]:
+        """By data: the set to learn from, the set to judge on, and what judges."""
+        return {
+            "target": ("train", "test", self.evaluators),
+            "source": ("source_train", "source_test", self.source_evaluators),
+            "control": ("control", "control", self.control_evaluators),
+        }
+
+    def needed(self) -> set[str]:
+        """The sets whose features are looked at; nobody needs training images if all judge within the test images."""
+        judges = self.judges().values()
+        learning = {train for train, _, them in judges if not all(evaluator.within_test for evaluator in them)}
+        crops = {"train"} if self.linear_crops else set()
+        return {test for _, test, _ in judges} | learning | crops
+
 
 class ProbePlace(Config):
     """Where the probe reads and writes."""
@@ -104,21 +124,6 @@ class ProbePlace(Config):
 class ProbeConfig(ProbePlace, ProbeSection):
     """Config of `explora probe`."""
 
-    def judges(self) -> dict[str, tuple[str, str, tuple[AnyEvaluator, ...]]]:
-        """By data: the set to learn from, the set to judge on, and what judges."""
-        return {
-            "target": ("train", "test", self.evaluators),
-            "source": ("source_train", "source_test", self.source_evaluators),
-            "control": ("control", "control", self.control_evaluators),
-        }
-
-    def needed(self) -> set[str]:
-        """The sets whose features are looked at; nobody needs training images if all judge within the test images."""
-        judges = self.judges().values()
-        learning = {train for train, _, them in judges if not all(evaluator.within_test for evaluator in them)}
-        crops = {"train"} if self.linear_crops else set()
-        return {test for _, test, _ in judges} | learning | crops
-
 
 def check_pairs(sets: Config) -> None:
     """Refuse half a source domain, or half a segmentation; `explora.config` makes the ValueError a ConfigError."""
@@ -130,6 +135,53 @@ def check_pairs(sets: Config) -> None:
         if len(absent) == 1:
             given = other if absent == [one] else one
             raise ValueError(f"{given} is given, but not {absent[0]}; {what} needs both, or neither")
+
+
+class Labelled(Protocol):
+    """What a set says of its labels and masks: a `ShardSet` does, and so do images that are not packed yet."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def classes(self) -> list[str] | None: ...
+
+    @property
+    def masks(self) -> list[str] | None: ...
+
+    @property
+    def multilabel(self) -> bool: ...
+
+
+def refuse_unfit(section: ProbeSection, sets: Mapping[str, Labelled], where: str = "") -> None:
+    """Refuse sets, by role, that cannot be judged as the section says, before anything is extracted.
+
+    Args:
+        where: what stands before a role in the config.
+
+    Raises:
+        DataError: a set has no labels or no masks, or the evaluators are for labels of another kind.
+    """
+    for role in SETS:
+        if role not in sets:
+            continue
+        found = sets[role]
+        if role.startswith("masks_"):
+            if found.masks is None:
+                raise DataError(f"{where}{role}: {found.folder} has no masks; pack it with --recipe segmentation")
+        elif found.classes is None:
+            raise DataError(f"{where}{role}: {found.folder} has no labels; the probe needs one folder per class")
+    for data, (_, test, evaluators) in section.judges().items():
+        if test not in sets:
+            continue
+        several = sets[test].multilabel
+        unfit = [one.label for one in evaluators if one.several_labels != several]
+        if unfit or (several and data == "target" and section.linear_crops):
+            kind, fitting = ("several labels", "logreg_multi, knn_multi") if several else ("one label", "linear, knn")
+            raise DataError(
+                f"{where}{test}: the images of {sets[test].folder} have {kind} each, which "
+                f"{', '.join(unfit) or 'linear_crops'} cannot judge by; use evaluators such as {fitting}"
+            )
 
 
 JUDGES = {"target": "test", "source": "source_test", "control": "control", "segmentation": "masks_test"}

@@ -11,6 +11,7 @@ from explora.data import Center, ShardSet, batches
 from explora.distributed import Precision, autocast
 from explora.errors import WeightsError
 from explora.evaluation import Result
+from explora.evaluation.calibration import plain_calibration
 from explora.evaluation.multilabel import scored
 from explora.models import ViT, read_tensors
 from explora.objectives.supervised import classify
@@ -32,6 +33,9 @@ def judge_head(
 ) -> Iterator[Result]:
     """Top-1 of the head in a head.safetensors on the test images; micro-mAP and LRAP where these have several labels.
 
+    The calibration of the top-1 is that of the logits as they are: no image is left that the head has not learnt from
+    and that could give a temperature.
+
     Raises:
         WeightsError: the file is no head for the classes of these images.
     """
@@ -44,8 +48,8 @@ def judge_head(
     if shards.multilabel:
         yield from scored(LABEL, logits.numpy(), shards.targets, shards.classes or [], {})
         return
-    found = logits.argmax(-1).numpy()
-    yield Result.over(LABEL, found == shards.labels, {}, found)
+    found, labels = logits.argmax(-1).numpy(), torch.from_numpy(shards.labels).long()
+    yield Result.over(LABEL, found == shards.labels, {}, found, calibration=plain_calibration(logits, labels))
 
 
 @torch.inference_mode()

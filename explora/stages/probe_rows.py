@@ -17,13 +17,14 @@ from explora.data import Center, ShardSet, normalisation
 from explora.errors import DataError, WeightsError
 from explora.evaluation import Features, Result, cosine_drift, linear_cka, split
 from explora.evaluation.base import DRAWS
+from explora.evaluation.features import random_split
 from explora.evaluation.groups import by_group, paired_by_group, paired_worst, too_small, worst
 from explora.evaluation.resampling import Resampled, difference
 from explora.evaluation.retention import block_drift, weight_distance
 from explora.models import ViT
 from explora.reporting.bench import Facts, bench_csv
 from explora.runs import save_arrays, write_atomically
-from explora.stages.probe_config import JUDGES
+from explora.stages.probe_config import JUDGES, ProbeConfig
 from explora.stages.probed import Judged, Probed
 
 logger = logging.getLogger("explora")
@@ -123,12 +124,10 @@ def facts_of(
 ) -> dict[tuple[str, str], Facts]:
     """What results.csv says of a model beside its rows, by the model's name and what rows call the data."""
     found = {}
-    for data, (train, test, _) in probed.config.judges().items():
+    for data, test in JUDGES.items():
         if test not in sets:
             continue
-        learning = train != test and train in features
-        counts = split(features[train].labels, probed.config.val_fraction, probed.config.seed) if learning else None
-        n_train, n_val = (None, None) if counts is None else map(len, counts)
+        n_train, n_val = _counts(probed.config, data, features, sets)
         view = probed.view
         found[probed.name, data] = Facts(
             dataset=sets[test].name,
@@ -142,6 +141,20 @@ def facts_of(
             n_val=n_val,
         )
     return found
+
+
+def _counts(
+    config: ProbeConfig, data: str, features: Mapping[str, Features], sets: Mapping[str, ShardSet]
+) -> tuple[int | None, int | None]:
+    """How many images evaluators learn from and choose on; None where all judge within the test images."""
+    if data == "segmentation":
+        parts = random_split(len(sets["masks_train"]), config.val_fraction, config.seed)
+    else:
+        train, test, _ = config.judges()[data]
+        if train == test or train not in features:
+            return None, None
+        parts = split(features[train].labels, config.val_fraction, config.seed)
+    return len(parts[0]), len(parts[1])
 
 
 def _normalisation(view: Center, vit: ViT, pixels: Pixels) -> str:

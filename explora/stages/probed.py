@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -79,7 +79,7 @@ class Probed:
                     logger.info("%s, %s, %s: left out, it has learnt these labels", self.name, data, evaluator.label)
                     continue
                 for result in evaluator.evaluate(*parts):
-                    yield self._told(data, result)
+                    yield self._told(data, self._judged(data, result))
 
     def judge_crops(self, shards: ShardSet, features: Mapping[str, Features]) -> Iterator[Judged]:
         """The linear protocol with random crops on the target, where the config asks for it."""
@@ -100,7 +100,8 @@ class Probed:
             precision=self.precision,
         )
         watched = tqdm(made, total=settings.steps, unit="step", desc=f"{self.name}: random crops", disable=None)
-        yield self._told("target", fit_crops(settings, watched, features["train"].take(val), features["test"]))
+        found = fit_crops(settings, watched, features["train"].take(val), features["test"])
+        yield self._told("target", self._judged("target", found))
 
     def judge_head(self, path: str, shards: ShardSet) -> Iterator[Judged]:
         """The model's own head on the target's test images."""
@@ -137,6 +138,10 @@ class Probed:
         segments = self.config.segmentation.evaluate(parts[0].take(fit), parts[0].take(val), parts[1], self.device)
         for result in segments:
             yield self._told("segmentation", result)
+
+    def _judged(self, data: str, result: Result) -> Result:
+        """Without calibration where validation labels are learnt: they say nothing of how sure the model may be."""
+        return replace(result, calibration=None) if data == "target" and self.knows_labels else result
 
     def _told(self, data: str, result: Result) -> Judged:
         logger.info(
