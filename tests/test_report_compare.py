@@ -243,6 +243,18 @@ def test_parts_that_are_missing(tmp_path: Path) -> None:
     ).read_text(encoding="utf-8")
 
 
+def test_segmentation_stands_in_the_tables(tmp_path: Path) -> None:
+    rows = rows_of((0,))
+    for model, change in (("baseline", None), ("finetuned", 7.25)):
+        made = row("good", 0, model, "control", "linear_segmentation", 50.0 + (change or 0), change)
+        rows.append({**made, "data": "segmentation", "metric": "miou"})
+    folder = make(tmp_path / "seg", rows)
+    lines = leaderboard_table(folder).splitlines()
+    assert any("segmentation, linear_segmentation" in line for line in lines)
+    assert any(line.startswith("good") and "+7.2 [+1.2, +13.2]" in line for line in lines)
+    assert "+7.2" in write_leaderboard(folder).read_text(encoding="utf-8")
+
+
 def test_folders_that_hold_no_comparison(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     probe = tmp_path / "probe"
     probe.mkdir()

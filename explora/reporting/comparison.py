@@ -23,7 +23,7 @@ UNADAPTED = "baseline"
 """What rows call the backbone that every entry begins with."""
 HEAD = "head"
 """The evaluator that is a fine-tuned model's own classifier, which the unadapted backbone has none of."""
-ROLES = {"target": "test", "source": "source_test", "control": "control"}
+ROLES = {"target": "test", "segmentation": "masks_test", "source": "source_test", "control": "control"}
 """The shards that judge, by what rows call the data, in reading order."""
 _MANIFESTS = "shards/*/manifest.json"
 

@@ -58,8 +58,8 @@ def leaderboard_table(folder: Path) -> str:
     """
     comparison = read_comparison(Path(folder))
     keys = [(data, columns[0]) for data in ROLES if (columns := comparison.columns(data))]
-    names = {"target": "gain", "source": "source", "control": "control"}
-    lines = [["", "learnt from", "trained", *(f"{names[data]}, {column.evaluator}" for data, column in keys), "seeds"]]
+    named = [f"{'gain' if data == 'target' else data}, {column.evaluator}" for data, column in keys]
+    lines = [["", "learnt from", "trained", *named, "seeds"]]
     for point in _ordered(comparison):
         changes = [_told(point.changes.get(key)) for key in keys]
         lines.append([point.entry, point.learnt, words.count(point.trained), *changes, _seeds(comparison, point)])
