@@ -13,8 +13,8 @@ from explora.config import Overrides
 from explora.data import Center, Crop
 from explora.distributed import gathered, on_first
 from explora.engine import checkpoint
-from explora.errors import ConfigError, DataError, TrainingError
-from explora.models import Loaded, load_model, read_tensors
+from explora.errors import ConfigError, DataError
+from explora.models import Loaded, load_model
 from explora.models.export import save_tensors
 from explora.objectives import Supervised, SupervisedConfig
 from explora.stages.finetune_start import start_as_probe
@@ -71,7 +71,6 @@ class Tuned:
         """
         if not self._keeps_best:
             self.write(folder)
-            on_first(lambda: _refuse_diverged(folder))
 
     def write(self, folder: Path) -> None:
         """Write what is there now."""
@@ -79,21 +78,6 @@ class Tuned:
         head = gathered(self._objective.head.state_dict())
         facts = {"pool": self._objective.config.pool, "classes": self._classes}
         on_first(lambda: save_tensors(folder / "head.safetensors", head, facts))
-
-
-def _refuse_diverged(folder: Path) -> None:
-    """Take back what was written where it is of no use: steps that are too large are finite, their products are not."""
-    written = {name: folder / f"{name}.safetensors" for name in ("backbone", "head", "adapter")}
-    weights = read_tensors(written["backbone"])[0]
-    weights |= {f"head.{name}": tensor for name, tensor in read_tensors(written["head"])[0].items()}
-    lost = sorted(name for name, tensor in weights.items() if not tensor.isfinite().all())
-    if lost:
-        for path in written.values():
-            path.unlink()
-        raise TrainingError(
-            f"training has diverged: {len(lost)} of {len(weights)} weights are NaN or infinite, such as "
-            f"{', '.join(lost[:3])}; lower optim.lr, and start in another folder"
-        )
 
 
 def finetune(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> Trained:

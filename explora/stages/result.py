@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from explora.adapt import Method
 from explora.distributed import gathered, on_first, rank
+from explora.errors import TrainingError
 from explora.models.additions import added
 from explora.models.export import save_adapter, save_backbone
 from explora.objectives import Objective
@@ -32,6 +35,7 @@ class Result:
 
         Raises:
             RunError: the folder cannot be written.
+            TrainingError: the merged weights are not finite; nothing is written.
         """
         live = dict(self._objective.result.named_parameters())
         learnt = gathered({name: live[name] for name in self._learnt})
@@ -47,6 +51,18 @@ class Result:
         method = self._method.settle(vit)
         left = added(vit, lasting=False) | set(self._adapts)
         learnt_names = [name for name in vit.state_dict() if name in left]
+        merged = copy.deepcopy(vit)
+        method.merge(merged)
+        _refuse_diverged(merged.state_dict())
         save_adapter(folder / "adapter.safetensors", vit, learnt_names, method.model_dump(mode="json"))
-        method.merge(vit)
-        save_backbone(folder / "backbone.safetensors", vit)
+        save_backbone(folder / "backbone.safetensors", merged)
+
+
+def _refuse_diverged(weights: Mapping[str, Tensor]) -> None:
+    """Steps that are too large leave finite factors, because others are skipped, but not always finite products."""
+    lost = sorted(name for name, tensor in weights.items() if not tensor.isfinite().all())
+    if lost:
+        raise TrainingError(
+            f"training has diverged: {len(lost)} of {len(weights)} weights are NaN or infinite, such as "
+            f"{', '.join(lost[:3])}; lower optim.lr, and start in another folder"
+        )
