@@ -167,7 +167,7 @@ def test_a_line_says_what_its_row_says(regions: ShardSet) -> None:
         ("knn", {"k": 20}, ("knn20", "32", "80", "default")),
         ("linear", {"lr": 0.1, "blocks": 4, "avgpool": True}, ("linear_sgd", "160", "80", "default")),
         ("logreg", {"C": 1.0, "blocks": 1, "avgpool": False}, ("linear", "32", "80", "default")),
-        ("knn_loo", {"k": 5, "leave_one_out": True}, ("knn5", "32", "", "default")),
+        ("knn_loo", {"k": 5, "leave_one_out": True}, ("knn_loo", "32", "", "default")),
         ("fewshot_5", {"shots": 5, "draws": 10, "C": 10.0}, ("fewshot_5", "32", "", "default")),
         ("labels_1%", {"fraction": 0.01, "C": 1.0}, ("linear", "32", "", "0.01x_train")),
         ("head", {}, ("head", "", "", "default")),
@@ -230,3 +230,11 @@ def test_the_table_is_written_beside_the_rows(tmp_path: Path, regions: ShardSet)
     assert [(line["name"], line["data"], line["evaluator"]) for line in lines] == [
         (row["model"], row["data"], row["evaluator"]) for row in written
     ]
+
+
+def test_only_the_same_protocol_takes_their_name() -> None:
+    told = {"knn": "knn10", "knn_multi": "knn10", "knn_multi_lrap": "knn_multi_lrap", "knn_loo_test": "knn_loo_test"}
+    row = {"model": "m", "data": "target", "metric": "top1", "value": 50.0, "low": 40.0, "high": 60.0, "n": 9}
+    rows = [{**row, "evaluator": evaluator, "selected": {"k": 10}} for evaluator in told]
+    found = list(csv.DictReader(io.StringIO(bench_csv(rows, {}))))
+    assert {line["evaluator"]: line["method"] for line in found} == told

@@ -69,7 +69,8 @@ def bench_csv(rows: Iterable[Mapping[str, Any]], facts: Mapping[tuple[str, str],
 
 def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
     evaluator, metric, selected = row["evaluator"], row["metric"], row.get("selected") or {}
-    method = f"knn{selected['k']}" if "k" in selected else _METHODS.get(evaluator, evaluator)
+    neighbours = evaluator in ("knn", "knn_multi")  # from the training images; leave-one-out is another protocol
+    method = f"knn{selected['k']}" if neighbours else _METHODS.get(evaluator, evaluator)
     return {
         "method": "linear" if "fraction" in selected else method,
         "metric_name": _METRICS.get(metric, metric),
