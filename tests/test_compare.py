@@ -77,6 +77,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
             costs = {"method": "lora", "objective": "supervised", "trained_parameters": 512, "seconds": 1.5}
             (folder / "finetune" / "summary.json").write_text(json.dumps(costs))
             row = {"data": "target", "evaluator": "knn", "metric": "top1", "low": 40.0, "high": 60.0, "n": 10}
+            row["selected"] = {"k": 10}
             rows = [{**row, "model": model, "value": 50.0, "difference": None} for model in ("baseline", "finetuned")]
             rows[1] |= {"difference": 2.0 + chain.seed, "difference_low": 1.0, "difference_high": 4.0}
             (folder / "probe" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
