@@ -221,7 +221,7 @@ class Stream(Steps):
             _refuse_unlabelled([one for one in self._mixture.sets if not one.multilabel], "this task")
             _refuse_unlike_classes(self._mixture)
         if order.balance:
-            _refuse_several_labels(self._mixture)
+            _refuse_multilabel(self._mixture)
             _refuse_unlabelled(self._mixture.sets, "order.balance")
         _warn_of_few(self._mixture, batch_size)
 
@@ -297,7 +297,7 @@ def _refuse_unlike_classes(mixture: Mixture) -> None:
         )
 
 
-def _refuse_several_labels(mixture: Mixture) -> None:
+def _refuse_multilabel(mixture: Mixture) -> None:
     if mixture.multilabel:
         raise DataError(
             f"{mixture.folder}: images may have several labels each, but order.balance makes classes equally frequent "

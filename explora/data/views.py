@@ -24,9 +24,9 @@ from explora.data.masks import block_masks
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Numbers beyond any view: what hangs on an epoch or on a step and not on one crop.
-ORDER = 2**32
-STEP = 2**32 + 1
+# Numbers beyond any view: what hangs on an epoch or on a step and not on one crop, then what a crop may draw beside
+# the numbers that all crops use.
+ORDER, STEP, RANDAUGMENT, ERASING = range(2**32, 2**32 + 4)
 
 Rule: TypeAlias = Literal["levels", "sigma", "percentiles"]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
@@ -178,51 +178,6 @@ class Center(Views):
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch | {"image": self.normalise(unit(batch["image"]))}
-
-
-class Crop(Views):
-    """One random resized crop with a label: supervised training."""
-
-    name: Literal["crop"] = "crop"
-    """Which views these are."""
-    size: Size = 224
-    """Side of the square crop, pixels."""
-    scale: Range = (0.2, 1.0)
-    """Share of the image's area that a crop covers."""
-    flip: Fraction = 0.5
-    """Probability of a left-right flip."""
-    dihedral: bool = False
-    """Also turn by a random multiple of 90 degrees; right for images from above, wrong for photographs."""
-    jitter: Jitter = (0.0, 0.0, 0.0, 0.0)
-    """Strength of random brightness, contrast, saturation and hue, applied to every image."""
-
-    @model_validator(mode="after")
-    def _ranges(self) -> Crop:
-        check_range("scale", self.scale)
-        return self
-
-    def names(self) -> frozenset[str]:
-        return frozenset({"image", "label"})
-
-    def sides(self) -> tuple[int, ...]:
-        return (self.size,)
-
-    def enough(self) -> int:
-        return self._crop.enough()
-
-    def sample(self, image: np.ndarray, key: Key) -> dict[str, Tensor]:
-        (numbers,) = key.numbers(1)
-        row = photometric.draw(numbers[geometry.NUMBERS :], jitter=self.jitter)
-        return {"image": self._crop.cut(image, numbers).contiguous(), "photometric": torch.tensor(row)}
-
-    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        done = dict(batch)
-        images = photometric.apply(unit(batch["image"]), done.pop("photometric"), self.colour)
-        return done | {"image": self.normalise(images)}
-
-    @property
-    def _crop(self) -> RandomCrop:
-        return RandomCrop(self.size, self.scale, self.flip, self.dihedral)
 
 
 class MultiCrop(Views):
