@@ -144,12 +144,12 @@ def report(
         str | None,
         typer.Option(
             help="where to write the page; unless given, in the folder, and of several chains side_by_side.html beside "
-            "the first"
+            "the first; their table lies beside the page as .md"
         ),
     ] = None,
 ) -> None:
-    """Write the HTML report of a chain, a continual run or a comparison, and print its table; of several chains one
-    page, side by side."""
+    """Write the HTML report of a chain, a continual run or a comparison, and print its table; several chains stand on
+    one page, and in one table, side by side."""
     explora.report(folders, out)
 
 

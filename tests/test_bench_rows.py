@@ -26,7 +26,7 @@ from explora.reporting.bench import BENCH, OWN, Facts, bench_csv
 from explora.stages.fitting import fit_views
 from explora.stages.probe_config import ProbeConfig
 from explora.stages.probe_rows import facts_of, moved, rows_of, write
-from explora.stages.probed import Judged, Probed
+from explora.stages.probed import Probed, ProbeResult
 
 PUBLISHED = (
     "dataset,method,metric_name,metric_value,ci_lower,ci_upper,feature_dim,best_c,best_lr,best_batch_size,n_train,"
@@ -50,9 +50,9 @@ def regions(images: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return pack(Listing(listing.classes, samples, groups=Groups(by="region", names=REGIONS)), out, name="world")
 
 
-def judged(model: str, right: np.ndarray, evaluator: str = "logreg", **more: Any) -> Judged:
+def judged(model: str, right: np.ndarray, evaluator: str = "logreg", **more: Any) -> ProbeResult:
     selected = {"C": 10.0, "c_range_start": -6, "c_range_stop": 5, "c_range_num": 12, "merge_val": True}
-    return Judged(model, "target", Result.over(evaluator, right, selected, right.astype(int), **more))
+    return ProbeResult(model, "target", Result.over(evaluator, right, selected, right.astype(int), **more))
 
 
 def scores(seed: int, n: int = 30) -> np.ndarray:
@@ -72,7 +72,7 @@ def test_columns_are_the_published_ones_then_our_own() -> None:
 def test_groups_of_a_row(regions: ShardSet) -> None:
     a, b = scores(0), scores(1)
     results = [judged("baseline", a), judged("adapted", b), judged("adapted", scores(2, 29), "fewshot_1_test")]
-    results += [Judged("adapted", "source", results[1].result)]
+    results += [ProbeResult("adapted", "source", results[1].result)]
     first, second, other, source = rows_of(results, "baseline", {"baseline": {}, "adapted": {}}, {"test": regions})
     assert "groups" not in other  # not one score for each test image
     assert "groups" not in source  # its test images are not there
@@ -124,7 +124,7 @@ def test_results_that_are_no_mean_over_images_are_paired(regions: ShardSet) -> N
         )
         for value in (50.0, 53.0)
     ]
-    results = [Judged(model, "target", result) for model, result in zip("ab", both, strict=True)]
+    results = [ProbeResult(model, "target", result) for model, result in zip("ab", both, strict=True)]
     _, row = rows_of(results, "a", {"a": {}, "b": {}}, {"test": regions})
     assert (row["difference"], row["difference_low"], row["difference_high"]) == pytest.approx((3, 3, 3))
     assert (row["bootstrap"], row["per_class"]) == (100, {"forest": 40})
@@ -178,7 +178,7 @@ def test_evaluators_in_the_words_of_torchgeo_bench(
     evaluator: str, selected: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
     result = Result.over(evaluator, scores(0), selected)
-    rows = rows_of([Judged("a", "target", result)], "a", {"a": {}})
+    rows = rows_of([ProbeResult("a", "target", result)], "a", {"a": {}})
     facts = Facts("world", "vit_tiny", 32, "custom", 224, "bicubic", "rgb", 80, 20)
     (line,) = table(bench_csv(rows, {("a", "target"): facts}))
     assert tuple(line[name] for name in ("method", "feature_dim", "n_train", "partition")) == expected

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fake_run import ROWS, make_run
 from torch import Tensor
 
 from explora.evaluation import Features, Linear, LogisticRegression
-from explora.evaluation.calibration import calibration, errors, fit_temperature, plain_calibration
+from explora.evaluation.calibration import calibration, calibration_at, errors, fit_temperature
+from explora.reporting.folder import read_chain
+from explora.reporting.trust import trust
 
 
 def drawn(n: int, classes: int, seed: int, scale: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -101,7 +105,7 @@ def test_scaling_repairs_overconfidence() -> None:
     found = calibration((5 * logits)[:2000].float(), labels[:2000], (5 * logits)[2000:].float(), labels[2000:])
     names = ["ece", "rms_ce", "mce", "calibration_n_bins", "ece_ts", "rms_ce_ts", "mce_ts", "temperature"]
     assert list(found) == names
-    plain = plain_calibration((5 * logits)[2000:].float(), labels[2000:])
+    plain = calibration_at(None, (5 * logits)[2000:].float(), labels[2000:])
     assert plain == {name: found[name] for name in names[:4]}
     assert found["calibration_n_bins"] == 15
     assert found["temperature"] == pytest.approx(5, rel=0.1)
@@ -132,3 +136,17 @@ def test_easy_images_are_not_judged_by_the_weakest_of_equal_fits(evaluator: Logi
     assert result.value == 100
     assert result.calibration is not None
     assert result.calibration["ece"] < 0.2  # the smallest C, or rate, that gets them right states 1 in 5: 0.8
+
+
+def test_the_report_says_why_a_head_has_no_temperature(tmp_path: Path) -> None:
+    logits, labels = drawn(200, 4, seed=4)
+    said = []
+    for name, heat in (("taught", None), ("validated", 1.5)):
+        found = calibration_at(heat, logits, labels)
+        rows = [{**row, "calibration": found} if row["evaluator"] == "head" else row for row in ROWS]
+        said.append(dict(trust(read_chain(make_run(tmp_path / name, rows=rows))))["Calibration"])
+    assert said[0][2:] == [
+        "A trained head has a temperature only where fine-tuning held images out to validate on, which chose it."
+    ]
+    assert len(said[1]) == 2
+    assert said[1][1].endswith("after temperature scaling (T 1.50)")

@@ -15,8 +15,10 @@ from explora import evaluation
 from explora.config import Config
 from explora.data import Center, Key, Listing, RawSample, pack
 from explora.errors import ConfigError, DataError, RunError
-from explora.evaluation import Features, features
+from explora.evaluation import Features, Inference, features, inference
 from explora.models import build
+
+CPU = torch.device("cpu")
 
 
 def noise(per_class: int, seed: int, classes: int = 4, blocks: int = 2, width: int = 6) -> Features:
@@ -158,15 +160,15 @@ def tiny_batches(shards, _view, batch_size, _workers):
 
 @pytest.fixture
 def extraction(monkeypatch, tmp_path):
-    monkeypatch.setattr(features, "batches", tiny_batches)
+    monkeypatch.setattr(inference, "batches", tiny_batches)
     images = torch.randint(0, 256, (7, 3, 4, 4), dtype=torch.uint8)
     shards = TinyShards(images, torch.arange(7, dtype=torch.int32) % 2)
     vit = TinyBackbone().train()
 
     def run(**changed):
-        settings = {"blocks": 4, "batch_size": 3, "workers": 0, "precision": "fp32", "weights_hash": "w"}
-        settings |= {"device": torch.device("cpu"), "cache_dir": tmp_path / "cache"} | changed
-        return features.extract(vit, shards, settings.pop("view", TinyView()), **settings)
+        settings = {"blocks": 4, "view": TinyView(), "cache_dir": tmp_path / "cache", "weights_hash": "w"} | changed
+        passes = Inference(settings.pop("batch_size", 3), 0, CPU, settings.pop("precision", "fp32"))
+        return features.extract(vit, shards, inference=passes, **settings)
 
     return run, vit, shards, tmp_path / "cache"
 
@@ -229,8 +231,8 @@ def test_extract_reads_packed_images_in_order(tmp_path):
         samples.append(RawSample(path=tmp_path / f"{number}.png", label=number % 2))
     shards = pack(Listing(["a", "b"], samples), tmp_path / "shards", name="tiny")
     vit, view = build("vit_tiny_patch16_224", 32), Center(size=32)
-    settings = {"workers": 0, "device": torch.device("cpu"), "precision": "fp32", "weights_hash": "w"}
-    found = features.extract(vit, shards, view, blocks=4, batch_size=2, cache_dir=tmp_path, **settings)
+    passes = Inference(2, 0, CPU, "fp32")
+    found = features.extract(vit, shards, view, passes, blocks=4, cache_dir=tmp_path, weights_hash="w")
     assert found.labels.tolist() == [0, 1, 0, 1, 0]
     assert found.classes == ["a", "b"]
     for number in range(5):
@@ -250,10 +252,17 @@ def test_several_labels_come_from_packed_images(tmp_path):
         samples.append(RawSample(path=tmp_path / f"{number}.png", label=own))
     shards = pack(Listing(["a", "b", "c"], samples), tmp_path / "shards", name="several")
     vit = build("vit_tiny_patch16_224", 32, {"patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 1})
-    settings = {"workers": 0, "device": torch.device("cpu"), "precision": "fp32", "weights_hash": "w"}
-    found = features.extract(vit, shards, Center(size=32), blocks=1, batch_size=2, cache_dir=tmp_path, **settings)
+    passes = Inference(2, 0, CPU, "fp32")
+    found = features.extract(vit, shards, Center(size=32), passes, blocks=1, cache_dir=tmp_path, weights_hash="w")
     assert found.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]] == shards.targets.tolist()
     assert (found.labels.dtype, found.classes) == (torch.uint8, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_inference_multiplies_in_its_precision(precision, dtype):
+    square = torch.eye(4)
+    with Inference(1, 0, CPU, precision).autocast():
+        assert (square @ square).dtype == dtype
 
 
 def test_unwritable_cache_is_refused_before_the_work(extraction, tmp_path):

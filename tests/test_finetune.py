@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import FINETUNE
-from sklearn.metrics import log_loss
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import average_precision_score, log_loss
 from stopping import assert_same, rows, stopped_at
 from test_engine import backbone
 from torch import Tensor
@@ -25,11 +27,12 @@ from explora.data import Center, Key, ShardSet, pack
 from explora.data.shards.manifest import Groups
 from explora.engine import Training
 from explora.errors import ConfigError, DataError, TrainingError
+from explora.evaluation import split
 from explora.models import load_backbone, read_tensors
 from explora.objectives import Supervised, SupervisedConfig
 from explora.schedules import Progress
 from explora.stages import finetune_validation
-from explora.stages.finetune_validation import Judgement, Judges, Validation, ValidationConfig, divided
+from explora.stages.finetune_validation import Evaluation, Validation, ValidationConfig, ValidationImages, divided
 
 Make = Callable[..., dict[str, Any]]
 VIEW = Center(size=32)
@@ -43,12 +46,12 @@ def supervised(pool: str = "mean", classes: int = 10) -> Supervised:
     return Supervised(SupervisedConfig(pool=pool, head_std=0.5, drop_path=0.5), vit, classes)
 
 
-def validation(objective: Supervised, judges: Judges, **changes: Any) -> Validation:
-    return Validation(load(ValidationConfig, changes), objective, judges, VIEW, lambda: None)
+def validation(objective: Supervised, judges: ValidationImages, **changes: Any) -> Validation:
+    return Validation(load(ValidationConfig, changes), objective, judges, VIEW, lambda _: None)
 
 
-def all_of(shards: ShardSet) -> Judges:
-    return Judges(shards, np.arange(len(shards)))
+def all_of(shards: ShardSet) -> ValidationImages:
+    return ValidationImages(shards, np.arange(len(shards)))
 
 
 def logits_of(vit: Any, weight: Tensor, bias: Tensor, shards: ShardSet, which: Any, view: Center = VIEW) -> np.ndarray:
@@ -84,7 +87,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, values: dict[int, tuple[float, flo
 def test_it_equals_a_naive_one_and_leaves_no_trace(shards: dict[str, Path]) -> None:
     images, objective = ShardSet.open(shards["train"]), supervised()
     objective.train()
-    one = validation(objective, Judges(images, np.array([3, 1, 29, 14])))
+    one = validation(objective, ValidationImages(images, np.array([3, 1, 29, 14])))
     drawn = torch.get_rng_state()
     found = one.measure(objective.backbone, "fp32")
     assert objective.backbone.training
@@ -118,14 +121,40 @@ def test_the_worst_group_is_that_of_a_naive_one(grouped: ShardSet, shards: dict[
     assert groups[0] != groups[1]
     assert found["val_worst_group"] == pytest.approx(min(groups))
     with pytest.raises(DataError, match=r"validation\.metric: no group in .* has 10 images to judge on"):
-        validation(objective, Judges(grouped, np.arange(9)), metric="worst_group")
+        validation(objective, ValidationImages(grouped, np.arange(9)), metric="worst_group")
     with pytest.raises(DataError, match=r"validation\.metric: the images in .* are in no groups; .* a column `group`"):
         validation(objective, all_of(ShardSet.open(shards["train"])), metric="worst_group")
 
 
+@pytest.fixture(scope="module")
+def undefined(images: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """30 images of several labels in three groups of ten, of which the last shows no class."""
+    listing = folder.samples(images["train"])
+    group = np.random.default_rng(1).permutation([0, 1, 2] * 10).tolist()
+    both = zip(listing.samples, group, strict=True)
+    samples = [dataclasses.replace(one, group=at, label=(one.label,) if at < 2 else ()) for one, at in both]
+    told = listing._replace(samples=samples, groups=Groups(by="place", names=["a", "b", "c"]))
+    return pack(told, tmp_path_factory.mktemp("undefined") / "shards", name="undefined")
+
+
+def test_a_group_that_shows_no_class_is_not_the_worst(undefined: ShardSet) -> None:
+    objective = supervised()
+    found = validation(objective, all_of(undefined), metric="worst_group").measure(objective.backbone, "fp32")
+    assert list(found) == ["val_micro_map", "val_worst_group", "val_loss"]
+    logits = logits_of(objective.backbone, objective.head.weight, objective.head.bias, undefined, range(30))
+    parts = [(undefined.targets[rows], logits[rows]) for rows in (undefined.groups == group for group in (0, 1))]
+    groups = [100 * average_precision_score(*part, average="micro") for part in parts]
+    assert found["val_worst_group"] == pytest.approx(min(groups))
+    assert found["val_micro_map"] == pytest.approx(
+        100 * average_precision_score(undefined.targets, logits, average="micro")
+    )
+    with pytest.raises(DataError, match=r"no group in .* has 10 images, one of them with a class, to judge on"):
+        validation(objective, ValidationImages(undefined, np.flatnonzero(undefined.groups == 2)), metric="worst_group")
+
+
 def test_ranks_share_the_images(shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     which = [5, 2, 9, 28, 20, 21, 11]  # three ranks cannot have as many each
-    one = validation(supervised(), Judges(ShardSet.open(shards["train"]), np.array(which)))
+    one = validation(supervised(), ValidationImages(ShardSet.open(shards["train"]), np.array(which)))
     vit = backbone()
     alone, said = one.measure(vit, "fp32"), list[Any]()
     monkeypatch.setattr(finetune_validation, "size", lambda: 3)
@@ -146,12 +175,42 @@ def test_a_part_of_each_class_is_held_out_by_the_seed(shards: dict[str, Path]) -
     learn, judges = divided(config, images, 0)
     assert judges is not None
     held = judges.rows.tolist()
+    assert held == split(torch.from_numpy(images.labels).long(), 0.3, 0)[1].tolist()
     assert Counter(images.labels[held].tolist()) == dict.fromkeys(range(10), 1)
     assert Counter(learn.labels.tolist()) == dict.fromkeys(range(10), 2)
     assert not set(held) & {int(at) for at in range(30) if images.index["digest"][at] in learn.index["digest"]}
     assert divided(config, images, 0)[1].rows.tolist() == held  # type: ignore[union-attr]
     assert divided(config, images, 1)[1].rows.tolist() != held  # type: ignore[union-attr]
     assert divided(None, images, 0) == (images, None)
+
+
+def test_equal_images_stay_together(images: dict[str, Path], shards: dict[str, Path], tmp_path: Path) -> None:
+    raw = shutil.copytree(images["train"], tmp_path / "raw")
+    some = sorted(raw.glob("*/*"))[::2]
+    for one in some:  # behind the first ones of their class, so that the draw is as without them
+        shutil.copy(one, one.with_name(f"z_{one.name}"))
+    doubled, single = pack(folder.samples(raw), tmp_path / "doubled", name="x"), ShardSet.open(shards["train"])
+    assert len(doubled) == 45
+    held = []
+    for images_of in (doubled, single):
+        learn, judges = divided(load(ValidationConfig, {"fraction": 0.3}), images_of, 0)
+        assert judges is not None
+        judging = images_of.taking(judges.rows).index["digest"].tolist()
+        assert not set(judging) & set(learn.index["digest"].tolist())
+        assert len(learn) + len(judging) == len(images_of)
+        held.append(judging)
+    assert len(held[0]) > len(held[1])
+    assert set(held[0]) == set(held[1])
+
+
+def test_copies_alone_cannot_be_divided(images: dict[str, Path], tmp_path: Path) -> None:
+    for number, one in enumerate(sorted(images["train"].glob("*/*"))[:2]):
+        (tmp_path / "raw" / str(number)).mkdir(parents=True)
+        for copy in "ab":
+            shutil.copy(one, tmp_path / "raw" / str(number) / f"{copy}{one.suffix}")
+    copies = pack(folder.samples(tmp_path / "raw"), tmp_path / "copies", name="copies")
+    with pytest.raises(DataError, match="no class has two different images, so none can be held out"):
+        divided(load(ValidationConfig, {}), copies, 0)
 
 
 def test_groups_are_divided_alike_where_the_worst_counts(grouped: ShardSet) -> None:
@@ -195,13 +254,15 @@ def test_what_is_left_is_the_best_step_and_scores_as_it_did(tmp_path: Path, fine
     images = ShardSet.open(config["train"])
     _, judges = divided(load(ValidationConfig, HELD), images, 0)
     assert judges is not None
-    head = read_tensors(tmp_path / "run" / "head.safetensors")[0]
+    head, facts = read_tensors(tmp_path / "run" / "head.safetensors")
     vit = load_backbone(trained.backbone)
     view = Center(size=32, mean=vit.mean, std=vit.std)
     logits = logits_of(vit, head["weight"], head["bias"], images, judges.rows, view)
     labels = images.labels[judges.rows]
     assert 100 * np.mean(logits.argmax(1) == labels) == pytest.approx(best["val_top1"])
     assert losses(logits, labels) == pytest.approx(best["val_loss"], rel=1e-4)
+    likeliest = minimize_scalar(lambda heat: losses(logits / np.exp(heat), labels), bounds=(-5, 5), method="bounded")
+    assert facts["temperature"] == pytest.approx(np.exp(likeliest.x), rel=1e-2)
 
 
 VALUES = {0: (10.0, 2.0), 2: (50.0, 1.0), 4: (50.0, 1.1), 6: (40.0, 0.5), 8: (99.0, 0.1)}
@@ -246,11 +307,11 @@ def test_the_head_and_backbone_of_the_best_step_are_left(
 
 
 def test_what_is_a_gain() -> None:
-    first = Judgement(2, 50.0, 1.0)
-    assert Judgement(4, 50.1, 9.0).beats(first)
-    assert Judgement(4, 50.0, 0.9).beats(first)
-    assert not Judgement(4, 50.0, 1.0).beats(first)
-    assert not Judgement(4, 49.9, 0.1).beats(first)
+    first = Evaluation(2, 50.0, 1.0)
+    assert Evaluation(4, 50.1, 9.0).beats(first)
+    assert Evaluation(4, 50.0, 0.9).beats(first)
+    assert not Evaluation(4, 50.0, 1.0).beats(first)
+    assert not Evaluation(4, 49.9, 0.1).beats(first)
 
 
 def test_a_run_that_diverged_leaves_no_weights(tmp_path: Path, finetuning: Make) -> None:
@@ -273,3 +334,4 @@ def test_a_validated_run_learns_the_same_bits(tmp_path: Path, finetuning: Make, 
     kept = [{name: value for name, value in row.items() if "val_" not in name} for row in rows(tmp_path / "seen")]
     assert kept[1:] == rows(tmp_path / "blind")
     assert json.loads((tmp_path / "blind" / "summary.json").read_text()).get("validation") is None
+    assert read_tensors(tmp_path / "blind" / "head.safetensors")[1]["temperature"] is None

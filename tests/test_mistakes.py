@@ -255,13 +255,15 @@ def test_labels_where_they_are_needed(
 # Whole chains
 
 
-def test_half_a_source_domain(tmp_path: Path, probing: Make, chaining: Make, refused: Callable[..., str]) -> None:
+def test_half_a_pair(tmp_path: Path, probing: Make, chaining: Make, refused: Callable[..., str]) -> None:
     words = "source_train is given, but not source_test; the source domain needs both, or neither"
     assert words in refused("probe", probing(tmp_path / "run"), "source_test=null")
     assert "data: " + words in refused("run", chaining(tmp_path / "run"), "data.source_test=null")
     assert "source_test is given, but not source_train" in refused(
         "probe", probing(tmp_path / "run"), "source_train=null"
     )
+    words = "masks_test is given, but not masks_train; segmentation needs both, or neither"
+    assert "data: " + words in refused("run", chaining(tmp_path / "run"), "data.masks_test=fields")
 
 
 def test_probe(tmp_path: Path, probing: Make, finetuning: Make, refused: Callable[..., str]) -> None:

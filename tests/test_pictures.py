@@ -11,7 +11,7 @@ from torch import Tensor
 
 from explora.adapt import LoRA, adapt
 from explora.evaluation import Features
-from explora.evaluation.pictures import attention_pictures, class_attention, embedding_map, stratified
+from explora.evaluation.pictures import attention_pictures, class_attention, embedding_map, subsample
 from explora.models import ViT, build
 from explora.models.vit import timm
 
@@ -111,11 +111,11 @@ def test_few_images_have_a_map() -> None:
 def test_a_part_holds_every_class_by_its_share(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)[torch.randperm(100, generator=generator)]
-    part = stratified(labels, most=20, seed=seed)
+    part = subsample(labels, most=20, seed=seed)
     assert part.tolist() == sorted(set(part.tolist()))
     assert labels[part].bincount().tolist() == pytest.approx([12, 6, 2], abs=1)
-    assert torch.equal(part, stratified(labels, most=20, seed=seed))
-    assert not torch.equal(part, stratified(labels, most=20, seed=seed + 1))
-    assert torch.equal(stratified(labels), torch.arange(100))
-    several = stratified(torch.ones(100, 3, dtype=torch.uint8), most=20)
+    assert torch.equal(part, subsample(labels, most=20, seed=seed))
+    assert not torch.equal(part, subsample(labels, most=20, seed=seed + 1))
+    assert torch.equal(subsample(labels), torch.arange(100))
+    several = subsample(torch.ones(100, 3, dtype=torch.uint8), most=20)
     assert len(set(several.tolist())) == 20

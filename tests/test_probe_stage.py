@@ -19,7 +19,7 @@ from data_shards import segmentation
 from explora.config import load
 from explora.data import Center, Crop, Key, ShardSet, pack
 from explora.data.order import Epochs, Order
-from explora.evaluation import Features, LinearCrops, extract, fit_crops, split
+from explora.evaluation import Features, Inference, LinearCrops, extract, fit_crops, split
 from explora.evaluation.calibration import errors
 from explora.evaluation.features import random_split
 from explora.evaluation.segmentation import LinearSegmentation, extract_patches
@@ -29,7 +29,7 @@ from explora.stages.probe_crops import crop_features
 from explora.stages.probe_head import judge_head
 
 Make = Callable[..., dict[str, Any]]
-CPU: dict[str, Any] = {"workers": 0, "device": torch.device("cpu"), "precision": "fp32"}
+INFERENCE = Inference(batch_size=4, workers=0, device=torch.device("cpu"), precision="fp32")
 CROPS = {"steps": 5, "batch_size": 8, "rates": [0.1, 0.01], "seed": 3}
 SEGMENTS = {"steps": 10, "batch_size": 4, "rates": [0.01]}
 
@@ -67,8 +67,7 @@ def naive_crops(vit: ViT, shards: ShardSet, steps: int, batch: int, seed: int) -
 
 def test_random_crops_are_those_of_a_loop(vit: ViT, shards: dict[str, Path]) -> None:
     images = ShardSet.open(shards["train"])
-    settings = {"steps": 5, "batch_size": 8, "seed": 3}
-    found = list(crop_features(vit, images, view_of(vit), blocks=4, **settings, **CPU))
+    found = list(crop_features(vit, images, view_of(vit), load(LinearCrops, CROPS), 4, INFERENCE))
     assert len(found) == 5  # 40 crops of 30 images: into the second epoch
     for ours, theirs in zip(found, naive_crops(vit, images, 5, 8, 3), strict=True):
         assert torch.equal(ours.labels, theirs.labels)
@@ -112,8 +111,8 @@ def test_random_crops_and_masks_are_judged_end_to_end(
     assert list(rows) == ["knn", "linear_crops", "linear_segmentation"]
 
     train, test = (ShardSet.open(shards[role]) for role in ("train", "test"))
-    cached = {"blocks": 4, "batch_size": 64, **CPU, "cache_dir": tmp_path, "weights_hash": "x"}
-    taught, judged = (extract(vit, one, view_of(vit), **cached) for one in (train, test))
+    cached = {"blocks": 4, "cache_dir": tmp_path, "weights_hash": "x"}
+    taught, judged = (extract(vit, one, view_of(vit), INFERENCE, **cached) for one in (train, test))
     fit, val = split(taught.labels, 0.2, 0)
     crops = naive_crops(vit, train.taking(fit.numpy()), CROPS["steps"], CROPS["batch_size"], CROPS["seed"])
     expected = fit_crops(load(LinearCrops, CROPS), crops, taught.take(val), judged)
@@ -122,7 +121,7 @@ def test_random_crops_and_masks_are_judged_end_to_end(
     assert found["selected"] == expected.selected
     assert found["calibration"] == pytest.approx(dict(expected.calibration or {}), rel=1e-3, abs=1e-4)
 
-    parts = [extract_patches(vit, ShardSet.open(masks[role]), view_of(vit), batch_size=4, **CPU) for role in masks]
+    parts = [extract_patches(vit, ShardSet.open(masks[role]), view_of(vit), INFERENCE) for role in masks]
     fit, val = random_split(10, 0.2, 0)
     (segments,) = load(LinearSegmentation, SEGMENTS).evaluate(parts[0].take(fit), parts[0].take(val), parts[1])
     found = rows["linear_segmentation"]
@@ -143,7 +142,7 @@ def test_a_head_judges_by_its_own_pool(tmp_path: Path, vit: ViT, shards: dict[st
     width = 64 if pool == "cls_mean" else 32
     head = {"weight": torch.randn(10, width, generator=generator), "bias": torch.randn(10, generator=generator)}
     path = save_tensors(tmp_path / "head.safetensors", head, {"pool": pool, "classes": test.classes})
-    (found,) = judge_head(vit, str(path), test, view_of(vit), batch_size=4, **CPU)
+    (found,) = judge_head(vit, str(path), test, view_of(vit), INFERENCE)
 
     with torch.no_grad():
         tokens = vit.features(cut(test, view_of(vit), [Key(0, 0, at) for at in range(len(test))]))
@@ -154,3 +153,8 @@ def test_a_head_judges_by_its_own_pool(tmp_path: Path, vit: ViT, shards: dict[st
     assert found.scores.tolist() == (logits.argmax(1) == labels).double().tolist()
     expected = dict(zip(("ece", "rms_ce", "mce"), errors(logits, labels, 15), strict=True))
     assert found.calibration == pytest.approx({**expected, "calibration_n_bins": 15}, rel=1e-4)
+
+    save_tensors(path, head, {"pool": pool, "classes": test.classes, "temperature": 2.5})
+    (found,) = judge_head(vit, str(path), test, view_of(vit), INFERENCE)
+    expected |= dict(zip(("ece_ts", "rms_ce_ts", "mce_ts"), errors(logits.double() / 2.5, labels, 15), strict=True))
+    assert found.calibration == pytest.approx({**expected, "calibration_n_bins": 15, "temperature": 2.5}, rel=1e-4)

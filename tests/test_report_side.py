@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_run import make_run, result, write_json
+from fake_run import ROWS, make_run, result, write_json
 from scipy import stats
 from test_report import Page, segmented
 
+import explora
 from explora.errors import RunError
+from explora.reporting import side_table
 from explora.reporting.side import write_side
 
 GAINS = (3.5, 4.0, 6.0)
@@ -140,6 +144,81 @@ def test_runs_without_config_or_results_are_shown_as_they_are(seeds: list[Path],
     page, _ = page_of(seeds[0], bare, out=tmp_path / "side.html")
     assert "bare was not probed." in page.text["p"]
     assert page.table("Model", "Evaluator", "seed0", "bare")[1][-1] == "–"
+
+
+# The table
+
+
+def cells(table: str) -> list[list[str]]:
+    """Rows of a Markdown table, head included."""
+    lines = [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def columns(text: str) -> list[list[str]]:
+    """The same of the terminal's: two blanks or more apart."""
+    return [re.split(r" {2,}", line) for line in text.split("\n\n")[1].splitlines()]
+
+
+def changes(cell: str) -> list[str]:
+    """Signed numbers of a cell, in order; a plain value is none."""
+    return re.findall(r"[+−][\d.]+|(?<=\D)0\.0", cell)
+
+
+def test_the_table_says_what_the_page_does(seeds: list[Path], tmp_path: Path) -> None:
+    other = seeded(tmp_path / "wide", 0, 9.0, 0.3, rank=64)
+    out = tmp_path / "side.html"
+    page, _ = page_of(*seeds, other, out=out)
+    found, text = cells(out.with_suffix(".md").read_text(encoding="utf-8")), side_table([*seeds, other])
+    assert found[0] == ["run", "method", "trained", "gain, linear", "source"]
+    names = ["seed0", "seed1", "seed2", "mean of 3 seeds", "wide"]
+    assert [row[0] for row in found[1:]] == names
+    assert {tuple(row[1:3]) for row in found[1:] if "mean" not in row[0]} == {("explora", "592,128")}
+    gains, losses = (row for row in page.table("Model", "Evaluator", "seed0") if row[0] == "adapted")
+    for place, row in enumerate(found[1:], start=2):
+        assert changes(row[3]) == changes(gains[place])[:3]
+        assert changes(row[4]) == changes(losses[place])
+        assert len(changes(row[3])) == len(changes(row[4])) == 3
+    assert found[4][3] == over_seeds(GAINS).replace("(", "[").replace(" to ", ", ").replace(")", "]")
+    lines = [[cell for cell in row if cell] for row in found]
+    assert columns(text) == [[cell.replace("−", "-") for cell in row] for row in lines]
+    assert text.startswith("2 settings, 4 runs, side by side.\nDifferences are to the unadapted backbone")
+    assert "gain: linear probe on ucmerced; source: k-nearest neighbours on cifar10." in " ".join(text.split())
+
+
+def test_a_chain_of_two_models_has_two_rows(tmp_path: Path) -> None:
+    kept = [row for row in ROWS if (row["model"], row["data"], row["evaluator"]) != ("finetuned", "target", "linear")]
+    runs = [make_run(tmp_path / name, rows=kept) for name in ("one", "a|<b>")]
+    write_json(runs[1] / "config.yaml", {"seed": 1})
+    write_side(runs, tmp_path / "side.html")
+    text = (tmp_path / "side.md").read_text(encoding="utf-8")
+    assert cells(text)[1:3] == [
+        ["one, adapted", "explora", "592,128", "+3.3 [+1.4, +5.2]", "−0.4 [−1.9, +1.1]"],
+        ["one, finetuned", "explora, then explora", "592,128 + 301,000", "-", "−8.1 [−10.3, −5.9]"],
+    ]
+    assert cells(text)[3][0] == "a\\|&lt;b&gt;, adapted"
+    assert "A dash for finetuned: it has learnt the labels" in text
+
+
+def test_the_table_is_printed_and_lies_beside_the_page(seeds: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "explora")
+    path = explora.report(seeds[:2])
+    assert path == seeds[0].parent / "side_by_side.html"
+    assert path.with_suffix(".md").is_file()
+    assert f"{side_table(seeds[:2])}\n\nreport: {path}" in caplog.text
+    with pytest.raises(RunError, match="give the page another name"):
+        write_side(seeds[:2], path.with_name("table.md"))
+
+
+def test_the_table_of_what_was_not_probed(seeds: list[Path], tmp_path: Path) -> None:
+    bare = [seeded(tmp_path / name, 0) for name in ("a", "b")]
+    for run in bare:
+        (run / "probe" / "results.jsonl").unlink()
+    head, _, row = columns(side_table([seeds[0], bare[0]]))
+    assert (head[0], row) == ("run", ["a", "explora", "592,128", "-", "-"])
+    text = side_table(bare)
+    assert columns(text)[1] == ["a", "explora, then explora", "592,128 + 301,000", "-"]
+    assert "a was not probed." in text
 
 
 def test_one_run_is_no_comparison(seeds: list[Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from explora.config import load
 from explora.data import Center, Listing, RawSample, pack
 from explora.errors import ConfigError, DataError
-from explora.evaluation import segmentation
+from explora.evaluation import Inference, inference, segmentation
 from explora.evaluation.linear import order
 from explora.evaluation.resampling import resamples
 from explora.evaluation.segmentation import (
@@ -248,8 +248,8 @@ def in_memory(monkeypatch):
         for images in shards.images.split(batch_size):
             yield {"image": images, "label": torch.zeros(len(images))}
 
-    monkeypatch.setattr(segmentation, "batches", parts)
-    return {"batch_size": 2, "workers": 0, "device": torch.device("cpu"), "precision": "fp32"}
+    monkeypatch.setattr(inference, "batches", parts)
+    return Inference(2, 0, torch.device("cpu"), "fp32")
 
 
 @pytest.mark.parametrize("groups", [None, ((0, 2), (1,))])
@@ -258,7 +258,7 @@ def test_patches_are_laid_out_as_the_image_is(in_memory, groups):
     vit.train()
     images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     shards, seen = TinyShards(images, CLASSES), []
-    found = extract_patches(vit, shards, TinyView(size=32), progress=seen.append, **in_memory)
+    found = extract_patches(vit, shards, TinyView(size=32), in_memory, progress=seen.append)
     assert (found.tokens.shape, found.tokens.dtype) == ((3, 2, 2, 64), torch.float16)
     assert found.masks[:, 0, 0].tolist() == [100, 101, 102]
     assert (found.masks.shape, found.classes, seen, vit.training) == ((3, 32, 32), CLASSES, [2, 3], True)
@@ -275,9 +275,9 @@ def test_patches_are_laid_out_as_the_image_is(in_memory, groups):
 def test_sets_without_masks_or_images_are_refused(in_memory):
     vit = build("vit_tiny_patch16_224", 32, {"embed_dim": 64, "num_heads": 2, "depth": 1})
     with pytest.raises(DataError, match="tiny: has no masks to segment; pack it with the recipe segmentation"):
-        extract_patches(vit, TinyShards(torch.zeros(1), None), TinyView(size=32), **in_memory)
+        extract_patches(vit, TinyShards(torch.zeros(1), None), TinyView(size=32), in_memory)
     with pytest.raises(DataError, match="holds no images"):
-        extract_patches(vit, TinyShards(torch.zeros(0), CLASSES), TinyView(size=32), **in_memory)
+        extract_patches(vit, TinyShards(torch.zeros(0), CLASSES), TinyView(size=32), in_memory)
 
 
 def test_packed_scenes_are_told_apart_at_the_right_places(tmp_path):
@@ -294,8 +294,8 @@ def test_packed_scenes_are_told_apart_at_the_right_places(tmp_path):
     shards = pack(Listing(None, samples, masks=["dark", "bright"]), tmp_path / "shards", name="two")
     torch.manual_seed(0)
     vit = build("vit_tiny_patch16_224", 48, {"patch_size": 4, "embed_dim": 64, "num_heads": 2, "depth": 1})
-    settings = {"batch_size": 5, "workers": 0, "device": torch.device("cpu"), "precision": "fp32"}
-    found = extract_patches(vit, shards, Center(size=48, resize=48), **settings)
+    settings = Inference(5, 0, torch.device("cpu"), "fp32")
+    found = extract_patches(vit, shards, Center(size=48, resize=48), settings)
     assert (found.classes, found.masks.unique().tolist()) == (["dark", "bright"], [0, 1])
     parts = (found.take(torch.arange(first, first + 4)) for first in (0, 4, 8))
     (result,) = LinearSegmentation(steps=100, batch_size=4, rates=(0.01,)).evaluate(*parts)

@@ -9,6 +9,7 @@ from explora.evaluation.crops import LinearCrops, fit_crops
 from explora.evaluation.features import Features, extract, few_shot, split
 from explora.evaluation.fewshot import FewShot
 from explora.evaluation.fractions import LabelFraction
+from explora.evaluation.inference import Inference
 from explora.evaluation.knn import KNN
 from explora.evaluation.linear import Linear
 from explora.evaluation.logreg import LogisticRegression
@@ -26,6 +27,7 @@ __all__ = [
     "Evaluator",
     "Features",
     "FewShot",
+    "Inference",
     "LabelFraction",
     "Linear",
     "LinearCrops",

@@ -69,11 +69,11 @@ class Evaluator(Config):
 
     @property
     def within_test(self) -> bool:
-        """Whether it looks at test images alone, judging each by others of them."""
+        """Whether it looks at test images alone, judging each by others of them: some do by their field `held_out`."""
         return False
 
     @property
-    def several_labels(self) -> bool:
+    def multilabel(self) -> bool:
         """Whether it is for images with any number of labels each, instead of one."""
         return False
 

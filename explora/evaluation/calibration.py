@@ -18,25 +18,25 @@ def calibration(
     """Calibration errors of the most likely class on test images, in [0, 1], under the names of torchgeo-bench.
 
     Takes logits (M, C) and labels (M,) as places in their columns, and (N, C), (N,) of test images. Returns what
-    `plain_calibration` does, the same errors with `_ts` after dividing the test logits by `temperature`, which was
-    fitted on the validation images alone; without these where validation images are all right, which fits none.
+    `calibration_at` does for the temperature that is fitted on the validation images alone.
+    """
+    return calibration_at(fit_temperature(val_logits, val_labels), test_logits, test_labels, bins)
+
+
+def calibration_at(temperature: float | None, logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, float]:
+    """`ece`, `rms_ce` and `mce` (see `errors`) of logits (N, C) and labels (N,), and `calibration_n_bins`.
+
+    The same errors with `_ts` are those after dividing the logits by `temperature`; they and it are left out where it
+    is None, because no images chose one that the logits' model has not learnt from.
 
     Source: Guo et al. 2017.
     """
-    plain, temperature = plain_calibration(test_logits, test_labels, bins), fit_temperature(val_logits, val_labels)
+    plain = {**dict(zip(_ERRORS, errors(logits, labels, bins), strict=True)), "calibration_n_bins": bins}
     if temperature is None:
         return plain
-    scaled = errors(test_logits.double() / temperature, test_labels, bins)
+    scaled = errors(logits.double() / temperature, labels, bins)
     after = {f"{name}_ts": value for name, value in zip(_ERRORS, scaled, strict=True)}
     return {**plain, **after, "temperature": temperature}
-
-
-def plain_calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, float]:
-    """`ece`, `rms_ce` and `mce` (see `errors`) of logits (N, C) as they are, and `calibration_n_bins`.
-
-    For heads without validation images that they have not learnt from, so that no temperature can be fitted.
-    """
-    return {**dict(zip(_ERRORS, errors(logits, labels, bins), strict=True)), "calibration_n_bins": bins}
 
 
 def errors(logits: Tensor, labels: Tensor, bins: int) -> tuple[float, float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from explora.data import batches
-from explora.distributed import Precision, autocast, precision_on
+from explora.distributed import precision_on
 from explora.errors import ConfigError, DataError, RunError
+from explora.evaluation.inference import Inference
 
 if TYPE_CHECKING:
     from explora.data import ShardSet, Views
@@ -99,19 +99,16 @@ def extract(
     vit: ViT,
     shards: ShardSet,
     view: Views,
+    inference: Inference,
     *,
     blocks: int,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    precision: Precision,
     cache_dir: str | Path,
     weights_hash: str,
     progress: Callable[[int], None] | None = None,
 ) -> Features:
     """Features of every image of `shards` in order, from the cache if they have been computed before.
 
-    The backbone is moved to `device` and run in eval mode without gradients. A backbone with fewer than
+    The backbone is moved to the device and run in eval mode without gradients. A backbone with fewer than
     `blocks` blocks gives all it has. A damaged cache file is computed again and replaced. `progress` is
     called with the number of images done so far.
 
@@ -122,17 +119,16 @@ def extract(
     # two architectures may hold equal tensors: options such as the number of heads leave no trace in them
     architecture = [vit.name, vit.options, vit.image_size, weights_hash]
     recipe = [architecture, shards.fingerprint, view.model_dump(mode="json"), blocks]
-    path = Path(cache_dir) / _cache_name(*recipe, precision_on(device, precision))
+    path = Path(cache_dir) / _cache_name(*recipe, precision_on(inference.device, inference.precision))
     cached = _load(path, shards.fingerprint, shards.classes)
     if cached is not None:
         return cached
     _make(path.parent)
     training = vit.training
-    vit.to(device).eval()
-    loader = batches(shards, view, batch_size, workers)
+    vit.to(inference.device).eval()
     parts, done = [], 0
     try:
-        for part in _forward(vit, loader, view, blocks, device, precision):
+        for part in _forward(vit, shards, view, inference, blocks):
             parts.append(part)
             done += len(part[-1])
             if progress is not None:
@@ -219,17 +215,11 @@ def _shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:
 
 @torch.inference_mode()
 def _forward(
-    vit: ViT,
-    loader: Iterable[dict[str, Tensor]],
-    view: Views,
-    blocks: int,
-    device: torch.device,
-    precision: Precision,
+    vit: ViT, shards: ShardSet, view: Views, inference: Inference, blocks: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Class tokens (B, n, D), mean patch (B, D) and labels (B,) or (B, C) of each batch, on the CPU."""
-    for raw in loader:
-        batch = view.finish({key: value.to(device, non_blocking=True) for key, value in raw.items()})
-        with autocast(device, precision):
+    for batch in inference.batches(shards, view):
+        with inference.autocast():
             tokens = vit.features(batch["image"], blocks=blocks)
         assert tokens.cls.shape[1:] == (blocks, vit.width), f"class tokens of shape {tuple(tokens.cls.shape)}"
         labels = batch["label"].cpu()

@@ -30,7 +30,7 @@ class MultiLabelLogReg(Sweep, Evaluator):
     """Picks this evaluator."""
 
     @property
-    def several_labels(self) -> bool:
+    def multilabel(self) -> bool:
         return True
 
     def problem(self, features: Features, known: Tensor) -> OneVsRest:
@@ -92,7 +92,7 @@ class MultiLabelKNN(Neighbours, Evaluator):
     """Picks this evaluator."""
 
     @property
-    def several_labels(self) -> bool:
+    def multilabel(self) -> bool:
         return True
 
     def evaluate(self, train: Features, val: Features, test: Features) -> Iterator[Result]:

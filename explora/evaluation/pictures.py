@@ -83,7 +83,7 @@ def class_attention(vit: ViT, images: Tensor) -> Tensor:
     return shares[:, vit.prefix_tokens :].unflatten(1, (vit.groups, height, width)).sum(1)
 
 
-def stratified(labels: Tensor, most: int = MOST_MAPPED, seed: int = 0) -> Tensor:
+def subsample(labels: Tensor, most: int = MOST_MAPPED, seed: int = 0) -> Tensor:
     """Sorted indices of at most `most` of N images, all where there are fewer; of labels (N,) every class by its share.
 
     Where an image has several labels, (N, C), they are drawn by chance alone.
@@ -99,7 +99,7 @@ def embedding_map(features: Features, seed: int = 0) -> np.ndarray:
     """The class tokens of N images on a plane, so that like images lie close: t-SNE by cosine similarity.
 
     Neighbours mean something; distances between groups, their sizes and the axes do not. For more than `MOST_MAPPED`
-    images take a `stratified` part of them first. Equal features and seeds give equal maps on one machine.
+    images take a `subsample` of them first. Equal features and seeds give equal maps on one machine.
 
     Source: van der Maaten and Hinton 2008, as scikit-learn computes it, from the first two principal components.
 

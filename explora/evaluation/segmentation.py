@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
 from explora.config import Config
-from explora.data import batches
-from explora.distributed import Precision, autocast
 from explora.errors import DataError
+from explora.evaluation.inference import Inference
 from explora.evaluation.linear import INIT_STD, order
 from explora.evaluation.resampling import Resampled
 
@@ -143,17 +142,13 @@ def extract_patches(
     vit: ViT,
     shards: ShardSet,
     view: Center,
-    *,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    precision: Precision,
+    inference: Inference,
     progress: Callable[[int], None] | None = None,
 ) -> PatchFeatures:
     """Patch tokens and masks of every image of `shards` in order; nothing is cached on disk.
 
     Memory is that of the result, see `PatchFeatures`, and of one batch: take a part of a large set with
-    `shards.taking`. Tokens of several channel groups at one patch are averaged. The backbone is moved to `device` and
+    `shards.taking`. Tokens of several channel groups at one patch are averaged. The backbone is moved to the device and
     run in eval mode without gradients. `progress` is called with the number of images done so far.
 
     Raises:
@@ -167,10 +162,10 @@ def extract_patches(
     tokens = torch.empty(len(shards), side, side, vit.width, dtype=torch.float16)
     masks = torch.empty(len(shards), view.size, view.size, dtype=torch.uint8)
     training = vit.training
-    vit.to(device).eval()
+    vit.to(inference.device).eval()
     done = 0
     try:
-        for found in _forward(vit, batches(shards, view, batch_size, workers), view, device, precision):
+        for found in _forward(vit, shards, view, inference):
             tokens[done : done + len(found)] = found.unflatten(1, (vit.groups, side, side)).mean(1)
             for number in range(done, done + len(found)):
                 masks[number] = torch.from_numpy(view.mask(shards.mask(number)))
@@ -184,13 +179,10 @@ def extract_patches(
 
 
 @torch.inference_mode()
-def _forward(
-    vit: ViT, loader: Iterator[dict[str, Tensor]], view: Center, device: torch.device, precision: Precision
-) -> Iterator[Tensor]:
+def _forward(vit: ViT, shards: ShardSet, view: Center, inference: Inference) -> Iterator[Tensor]:
     """Patch tokens (B, groups h w, D) of each batch, fp32, on the CPU."""
-    for raw in loader:
-        batch = view.finish({key: value.to(device, non_blocking=True) for key, value in raw.items()})
-        with autocast(device, precision):
+    for batch in inference.batches(shards, view):
+        with inference.autocast():
             patches = vit.features(batch["image"]).patches
         yield patches.float().cpu()
 

@@ -5,6 +5,7 @@ from explora.reporting.continual import continual_table, write_continual
 from explora.reporting.leaderboard import leaderboard_table, write_leaderboard
 from explora.reporting.page import write_report
 from explora.reporting.side import write_side
+from explora.reporting.side_table import side_table
 from explora.reporting.text import results_table, table
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "is_comparison",
     "leaderboard_table",
     "results_table",
+    "side_table",
     "table",
     "write_continual",
     "write_leaderboard",

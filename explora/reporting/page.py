@@ -20,8 +20,8 @@ _MOST_PICTURES = 8
 _UNBROKEN = "\N{NON-BREAKING HYPHEN}"
 
 
-class Comparison(NamedTuple):
-    """A model and the first one by one evaluator; no `row` where it was left out; the model on other data `beside`."""
+class PairedRows(NamedTuple):
+    """Those of a model and the first one by an evaluator; no `row` where it was left out; on other data `beside`."""
 
     model: str
     column: Column
@@ -101,7 +101,7 @@ def _strip(chain: Chain) -> Iterator[tuple[str, str, str, str]]:
         yield "Trained", part, f"{words.count(get('trained_parameters'))} parameters, in {seconds}", ""
 
 
-def _comparisons(chain: Chain, data: str) -> Iterator[Comparison]:
+def _comparisons(chain: Chain, data: str) -> Iterator[PairedRows]:
     """Every model but the first, by evaluator."""
     others = _prices(chain) if data in GAINS else []
     for column in chain.columns(data):
@@ -110,9 +110,9 @@ def _comparisons(chain: Chain, data: str) -> Iterator[Comparison]:
             row = chain.row(model, data, column)
             beside = {other: chain.beside(model, other, column) for other in others}
             if row:
-                yield Comparison(model, column, row, first, words.VERDICTS[words.verdict(row)], beside)
+                yield PairedRows(model, column, row, first, words.VERDICTS[words.verdict(row)], beside)
             elif column in chain.left_out(model, data):
-                yield Comparison(model, column, None, first, "left out", beside)
+                yield PairedRows(model, column, None, first, "left out", beside)
 
 
 def _prices(chain: Chain) -> list[str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,86 +12,20 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from explora.config import read
 from explora.errors import RunError
 from explora.reporting import figures, words
-from explora.reporting.comparison import Change
-from explora.reporting.folder import Chain, read_chain
 from explora.reporting.pages import rendered, save_page
-from explora.reporting.rows import DATA, GAINS, PRICES, Column, Row
+from explora.reporting.rows import DATA, GAINS, Column
+from explora.reporting.side_runs import OneRun, Setting, Side, read_side
+from explora.reporting.side_table import markdown
 
-_PLACES = ("out", "seed")
-"""Keys of a config in which two runs of one setting may differ."""
 _MOST_KEYS = 40
-_JUDGES = (("test", "target"), ("masks_test", "segmentation"), ("source_test", "source"), ("control", "control"))
-"""Shards that judge, and what rows call them."""
-
-
-@dataclass(frozen=True)
-class OneRun:
-    """A run with the name of its column, its seed, and what its config says."""
-
-    label: str
-    chain: Chain
-    config: dict[str, Any]
-
-    @property
-    def seed(self) -> int:
-        return int(self.config.get("seed", 0))
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """All that its config says by dotted key, but where it writes and what its seed is."""
-        return dict(_flat({key: value for key, value in self.config.items() if key not in _PLACES}))
-
-    @cached_property
-    def anchor(self) -> str:
-        return quote(f"run-{self.label}", safe="")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Runs that differ in their seed alone, in the order given."""
-
-    number: int
-    runs: list[OneRun]
-
-    @property
-    def name(self) -> str:
-        return ", ".join(run.label for run in self.runs)
-
-    @property
-    def seeds(self) -> dict[int, OneRun]:
-        """The first run of each seed: a repetition of the same one says nothing about seeds."""
-        found: dict[int, OneRun] = {}
-        for run in self.runs:
-            found.setdefault(run.seed, run)
-        return found
-
-    def rows(self, model: str, data: str, column: Column) -> dict[int, Row]:
-        """What was measured, by seed."""
-        found = {seed: run.chain.row(model, data, column) for seed, run in self.seeds.items()}
-        return {seed: row for seed, row in found.items() if row}
-
-    def change(self, model: str, data: str, column: Column) -> Change | None:
-        return Change.of(self.rows(model, data, column))
-
-    def beside(self, model: str, data: str, column: Column) -> Change | None:
-        """What `change` is on other data, to stand beside `column` there, as `Results.beside` chooses it."""
-        rows = {seed: run.chain.beside(model, data, column) for seed, run in self.seeds.items()}
-        return Change.of({seed: row for seed, row in rows.items() if row})
-
-    def mean(self, model: str, data: str, column: Column) -> float | None:
-        values = [row.value for row in self.rows(model, data, column).values()]
-        return sum(values) / len(values) if values else None
-
-
 Line = tuple[str, Column]
 """A model and what it was judged by."""
 
 
 def write_side(folders: Sequence[str | Path], out: str | Path) -> Path:
-    """Write one self-contained HTML page about several finished chains, side by side, to `out`.
+    """Write one self-contained HTML page about several finished chains, side by side, to `out`; beside it a table, .md.
 
     Runs whose configs differ in `seed` and `out` alone are one setting: they also get the mean over seeds with a
     95 % t interval, apart from the intervals over images that each run has of its own.
@@ -102,72 +34,33 @@ def write_side(folders: Sequence[str | Path], out: str | Path) -> Path:
         RunError: fewer than two folders, one given twice, a folder is no run, or the page cannot be written.
         ConfigError: a recorded config is not YAML.
     """
-    paths = [Path(folder) for folder in folders]
-    if len(paths) < 2:
-        raise RunError("one run is no comparison; give the folders of at least two finished runs")
-    if twice := sorted({str(path) for path in paths if [other.resolve() for other in paths].count(path.resolve()) > 1}):
-        raise RunError(f"{', '.join(twice)}: the same run twice; give each folder once")
-    settings = _settings([_read(path, label) for path, label in zip(paths, _labels(paths), strict=True)])
-    return save_page(Path(out), _render(settings, Path(out)))
+    out, side = Path(out), read_side(folders)
+    if out.suffix == ".md":
+        raise RunError(f"{out}: is where the table goes, beside the page; give the page another name, such as .html")
+    save_page(out.with_suffix(".md"), markdown(side))
+    return save_page(out, _render(side, out))
 
 
-def _read(path: Path, label: str) -> OneRun:
-    config = path / "config.yaml"
-    return OneRun(label, read_chain(path), read(config) if config.is_file() else {})
-
-
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
-    parts = [path.resolve().parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(each[-length:]) for each in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    raise AssertionError("equal paths were refused")
-
-
-def _settings(runs: Sequence[OneRun]) -> list[Setting]:
-    """Runs put together where their settings agree; one without a config stays alone."""
-    found: list[list[OneRun]] = []
-    for run in runs:
-        home = next((own for own in found if run.config and own[0].settings == run.settings), None)
-        if home is None:
-            found.append([run])
-        else:
-            home.append(run)
-    return [Setting(number, own) for number, own in enumerate(found, start=1)]
-
-
-def _render(settings: Sequence[Setting], out: Path) -> str:
-    runs = [run for setting in settings for run in setting.runs]
-    lines, headline = {data: _lines(runs, data) for data in DATA}, _headline(settings)
+def _render(side: Side, out: Path) -> str:
+    settings, runs, headline = side.settings, side.runs, side.headline()
+    lines = {data: _lines(runs, data) for data in DATA}
     differing = _differing(settings)
     return rendered(
         "side.html",
         words=words,
         settings=settings,
         runs=runs,
-        names={data: _name(runs, data) for data in DATA},
+        names={data: side.name(data) for data in DATA},
         headline=headline,
         title=headline[0],
-        prices={data: _prices(runs) if data in GAINS else [] for data in DATA},
+        prices={data: side.prices if data in GAINS else [] for data in DATA},
         lines={data: found for data, found in lines.items() if found},
         plots={data: plot for data, found in lines.items() if (plot := _plot(settings, data, found)) is not None},
         differing=differing[:_MOST_KEYS],
         uncounted=max(0, len(differing) - _MOST_KEYS),
         links={run.label: _link(run, out) for run in runs},
-        warnings=list(_warnings(settings)),
+        warnings=list(side.warnings()),
     )
-
-
-def _name(runs: Sequence[OneRun], data: str) -> str:
-    """What the first run that was judged on `data` calls it."""
-    return next((run.chain.data_name(data) for run in runs if run.chain.on(data)), data)
-
-
-def _prices(runs: Sequence[OneRun]) -> list[str]:
-    """The data whose changes stand beside every gain."""
-    return [data for data in PRICES if any(run.chain.on(data) for run in runs)]
 
 
 def _lines(runs: Sequence[OneRun], data: str) -> list[Line]:
@@ -176,40 +69,6 @@ def _lines(runs: Sequence[OneRun], data: str) -> list[Line]:
     models = dict.fromkeys(model for run in runs for model in run.chain.models)
     each = ((model, column) for column in columns for model in models)
     return [(model, column) for model, column in each if any(run.chain.row(model, data, column) for run in runs)]
-
-
-def _headline(settings: Sequence[Setting]) -> tuple[str, str]:
-    """What the runs say together: of one setting whether it gained over seeds, of several how many there are."""
-    runs, setting = [run for setting in settings for run in setting.runs], settings[0]
-    plain = f"{len(runs)} runs, side by side."
-    if len(settings) > 1:
-        counts = f"{len(settings)} settings, {len(runs)} runs, side by side." if len(runs) > len(settings) else plain
-        return counts, "Differences are to the unadapted backbone of the same run, in points."
-    found = words.subject(runs[0].chain, "target")
-    change = setting.change(found[0].model, "target", found[0].column) if found else None
-    if found is None or change is None:
-        return plain, "No adapted model was compared with the unadapted one."
-    if change.over_seeds is None:
-        return plain, "An interval over seeds needs two seeds or more."
-    row, (low, high) = found[0], change.over_seeds
-    did = "raised" if low > 0 else "lowered" if high < 0 else "made no clear difference to"
-    size = f" by {words.points(change.value).lstrip('+−')} points" if low > 0 or high < 0 else ""
-    where = f"{words.measure(row)} on {runs[0].chain.data_name('target')}"
-    first = f"{words.name(row.model)} {did} {where}{size}, over {len(setting.seeds)} seeds."
-    said = (_over_seeds(setting, row.model, data) for data in DATA)
-    return first, " ".join(filter(None, said)) + f" Intervals are 95 % t intervals over {len(setting.seeds)} seeds."
-
-
-def _over_seeds(setting: Setting, model: str, data: str) -> str:
-    """The mean difference of a model on some data by the first evaluator there, or nothing."""
-    chain = setting.runs[0].chain
-    column = next((row.column for row in chain.on(data) if row.model == model and row.difference is not None), None)
-    change = setting.change(model, data, column) if column else None
-    if column is None or change is None or change.over_seeds is None:
-        return ""
-    low, high = map(words.points, change.over_seeds)
-    what = f"{words.points(change.value)} points ({low} to {high})"
-    return f"{words.sentence(chain.data_name(data))}: {what} by {words.column_name(column)}."
 
 
 def _plot(settings: Sequence[Setting], data: str, lines: Sequence[Line]) -> Markup | None:
@@ -259,32 +118,7 @@ def _written(settings: Mapping[str, Any], key: str) -> str:
     return "null" if value is None else str(value)
 
 
-def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted key; lists are leaves."""
-    if not isinstance(node, Mapping):
-        yield path, node
-        return
-    for key, value in node.items():
-        yield from _flat(value, f"{path}.{key}" if path else str(key))
-
-
 def _link(run: OneRun, out: Path) -> str | None:
     """The run's own report, as a way from the page; None where it has none."""
     report = run.chain.path / "report.html"
     return quote(os.path.relpath(report.resolve(), out.resolve().parent)) if report.is_file() else None
-
-
-def _warnings(settings: Sequence[Setting]) -> Iterator[str]:
-    """What makes a comparison of these runs doubtful."""
-    runs = [run for setting in settings for run in setting.runs]
-    for role, what in _JUDGES:
-        prints = {run.chain.shards[role].get("fingerprint") for run in runs if role in run.chain.shards}
-        if len(prints) > 1:
-            yield f"Not all runs were judged on the same {what} images, so their values cannot be compared directly."
-    for setting in settings:
-        if len(setting.seeds) < len(setting.runs):
-            again = [run.label for run in setting.runs if run is not setting.seeds[run.seed]]
-            yield f"{', '.join(again)}: settings and seed of another run here, so left out of what is over seeds."
-    for run in runs:
-        if not run.chain.rows:
-            yield f"{run.label} was not probed."

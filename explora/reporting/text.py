@@ -25,16 +25,16 @@ def table(run: Path) -> str:
         RunError: the folder is missing or holds no run.
     """
     chain = read_chain(Path(run))
-    return _plain([*_results(chain), *_alarms(chain), _cost(chain)])
+    return plain([*_results(chain), *_alarms(chain), _cost(chain)])
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The same for rows of `results.jsonl` alone, without what training cost."""
-    return _plain(_results(gather(map(Row.of, rows))))
+    return plain(_results(gather(map(Row.of, rows))))
 
 
-def _plain(blocks: Sequence[str]) -> str:
-    """For terminals that may know ASCII only."""
+def plain(blocks: Sequence[str]) -> str:
+    """Blocks of lines with an empty line between them, for terminals that may know ASCII only."""
     return "\n\n".join(blocks).replace("−", "-").replace("–", "-")
 
 
@@ -65,8 +65,8 @@ def _block(results: Results, data: str, columns: Sequence[Column]) -> str:
             continue
         lines.append([f"  {model}", *(_value(row) for row in found)])
         if any(row and row.difference is not None for row in found):
-            lines.append([f"    - {results.first}", *(_difference(row) for row in found)])
-    return _align(lines)
+            lines.append([f"    - {results.first}", *(difference(row) for row in found)])
+    return aligned(lines)
 
 
 def _head(column: Column) -> str:
@@ -81,7 +81,8 @@ def _value(row: Row | None) -> str:
     return f"{words.percent(row.value)} [{words.percent(row.low)}, {words.percent(row.high)}]" if row else "-"
 
 
-def _difference(row: Row | None) -> str:
+def difference(row: Row | None) -> str:
+    """`+3.5 [+2.0, +5.0]`: points to the first model, with the interval; a dash for what was not compared."""
     if row is None or row.difference is None:
         return "-"
     low, high = words.points(row.difference_low), words.points(row.difference_high)
@@ -111,10 +112,11 @@ def _cost(chain: Chain) -> str:
                 words.rate(speed),
             ]
         )
-    return _align(lines)
+    return aligned(lines)
 
 
-def _align(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, columns two blanks apart; the first row is the head."""
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

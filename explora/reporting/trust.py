@@ -123,6 +123,9 @@ def _calibrated(chain: Chain) -> Iterator[str]:
             said.append(f"{row.model} {words.percent(100 * found['ece'])}{after}{f' (T {heat:.2f})' if heat else ''}")
         if said:
             yield f"{words.sentence(words.column_name(column))}: {'; '.join(said)}"
+    heads = [row.calibration for row in chain.on("target") if row.evaluator == "head" and row.calibration]
+    if any("temperature" not in found for found in heads):
+        yield "A trained head has a temperature only where fine-tuning held images out to validate on, which chose it."
 
 
 def shards_line(key: str, manifest: Mapping[str, Any]) -> str:

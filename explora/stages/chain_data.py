@@ -7,48 +7,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import model_validator
-
 from explora.bands import Pixels
-from explora.config import Config
 from explora.data import ShardSet, overlap
 from explora.errors import ConfigError, DataError
 from explora.stages.pack import pack, recipe_of
-from explora.stages.probe_config import check_pairs
+from explora.stages.probe_config import SETS, DataSets
 
 
-class DataConfig(Config):
+class DataConfig(DataSets):
     """Folders of images, or of shards that `explora pack` wrote; folders are packed into the run."""
 
     pretrain: str | None = None
     """Target images to pretrain on, labelled or not; null takes those of `train`."""
-    train: str
-    """Labelled target images to fit probes and to fine-tune on."""
-    test: str
-    """Labelled target images that only judge."""
-    source_train: str | None = None
-    """Labelled source-domain images to fit probes on: with these the report says what was forgotten."""
-    source_test: str | None = None
-    """Labelled source-domain images that only judge."""
-    control: str | None = None
-    """Labelled images of neither domain: what rises here as well is no adaptation to the target."""
-    masks_train: str | None = None
-    """Target images with masks to fit the segmentation probe on, as the recipe `segmentation` finds them."""
-    masks_test: str | None = None
-    """Target images with masks that only judge."""
     recipe: str = "folder"
-    """How the folders are laid out."""
+    """How the folders are laid out; those with masks always as the recipe `segmentation` says."""
     pixels: Pixels | None = None
     """What the values of raw images mean, where the recipe does not know: bands, dtype, unit, scale, offset."""
 
-    @model_validator(mode="after")
-    def _whole_pairs(self) -> DataConfig:
-        check_pairs(self)
-        return self
-
     def folders(self) -> dict[str, str]:
         """What is given, by role."""
-        return {role: folder for role, folder in self if role not in ("recipe", "pixels") and folder is not None}
+        return {role: folder for role in ("pretrain", *SETS) if (folder := getattr(self, role)) is not None}
 
     def recipe_for(self, role: str) -> str:
         """How the folder of a role is laid out."""
@@ -78,8 +56,8 @@ def look(data: DataConfig, role: str, shards: Path) -> ShardSet | RawSet:
         if not _packed(place):
             listing = recipe_of(data.recipe_for(role))(place, None)
             first = next(iter(listing.samples), None)
-            several = first is not None and isinstance(first.label, tuple)
-            return RawSet(place, listing.classes, listing.masks, several, data.pixels or listing.pixels)
+            multilabel = first is not None and isinstance(first.label, tuple)
+            return RawSet(place, listing.classes, listing.masks, multilabel, data.pixels or listing.pixels)
         packed = ShardSet.open(place)
     if data.pixels is not None and _meaning(packed.pixels) != _meaning(data.pixels):
         raise ConfigError(

@@ -54,7 +54,7 @@ class FinetuneConfig(TrainingPlace, FinetuneSection):
 
 
 class Tuned:
-    """What fine-tuning leaves: the backbone, the adapter, and head.safetensors (weight, bias; pool, classes).
+    """What fine-tuning leaves: the backbone, the adapter, and head.safetensors (weight, bias; see `finetune`).
 
     With validation they are those of the best evaluation, written when it was made; otherwise those of the end.
     """
@@ -72,18 +72,19 @@ class Tuned:
         if not self._keeps_best:
             self.write(folder)
 
-    def write(self, folder: Path) -> None:
-        """Write what is there now."""
+    def write(self, folder: Path, temperature: float | None = None) -> None:
+        """Write what is there now, with the head's temperature where images that do not teach chose one."""
         self._result.save(folder)
         head = gathered(self._objective.head.state_dict())
-        facts = {"pool": self._objective.config.pool, "classes": self._classes}
+        facts = {"pool": self._objective.config.pool, "classes": self._classes, "temperature": temperature}
         on_first(lambda: save_tensors(folder / "head.safetensors", head, facts))
 
 
 def finetune(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -> Trained:
     """Fine-tune from a config file or mapping; goes on from the newest checkpoint of an unfinished run.
 
-    Beside the backbone it writes head.safetensors (weight, bias; metadata: pool, classes).
+    Beside the backbone it writes head.safetensors (weight, bias; metadata: pool, classes, temperature). Validation
+    images choose the temperature (Guo et al. 2017); without any it is null, as those that teach would make it too low.
 
     Raises:
         ExploraError: any mistake in the config, the data, the weights or the run folder.

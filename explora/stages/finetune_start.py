@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from explora.data import Center, ShardSet
-from explora.distributed import device_of, precision_on
+from explora.distributed import device_of
 from explora.errors import ConfigError, DataError
-from explora.evaluation import Features, extract, split
+from explora.evaluation import Features, Inference, extract, split
 from explora.evaluation.base import accuracy
 from explora.evaluation.logreg import Fit, Problem
 from explora.models import fingerprint
@@ -46,16 +46,13 @@ def start_as_probe(
     """
     if images.multilabel:
         raise ConfigError("head_start: a probe here tells classes apart, but images have several labels; use random")
-    device, vit = device_of(section.loop.device), objective.backbone
+    vit = objective.backbone
     features = extract(
         vit,
         images,
         view,
+        Inference(_AT_ONCE, section.workers, device_of(section.loop.device), section.loop.precision),
         blocks=1,
-        batch_size=_AT_ONCE,
-        workers=section.workers,
-        device=device,
-        precision=precision_on(device, section.loop.precision),
         cache_dir=folder,
         weights_hash=fingerprint(vit.state_dict()),
     )

@@ -20,6 +20,7 @@ from explora.engine.monitor import Watcher, evaluating
 from explora.errors import DataError, TrainingError
 from explora.evaluation import split
 from explora.evaluation.base import accuracy
+from explora.evaluation.calibration import fit_temperature
 from explora.evaluation.groups import LEAST, members
 from explora.evaluation.multilabel import micro_map
 from explora.models import ViT
@@ -37,7 +38,7 @@ class ValidationConfig(Config):
     """How fine-tuning is judged while it runs; test images never take part."""
 
     fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the training images that are held out, of each class alike, drawn by the seed."""
+    """Share of the training images that are held out, of each class alike, drawn by the seed; equal files together."""
     shards: str | None = None
     """Labelled shards of the same classes to judge on; then all of `train` teaches."""
     every: LengthField = Length(1, "epochs")
@@ -61,7 +62,7 @@ class ValidationConfig(Config):
         return self
 
 
-class Judges(NamedTuple):
+class ValidationImages(NamedTuple):
     """Images that judge."""
 
     images: ShardSet
@@ -71,7 +72,7 @@ class Judges(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Evaluation:
     """What one evaluation found."""
 
     step: int
@@ -81,7 +82,7 @@ class Judgement:
     loss: float
     """Mean cross-entropy without label smoothing, which decides between equal values."""
 
-    def beats(self, other: Judgement) -> bool:
+    def beats(self, other: Evaluation) -> bool:
         """Whether it is a gain over an earlier one."""
         return (self.value, -self.loss) > (other.value, -other.loss)
 
@@ -93,6 +94,7 @@ class Validation(Watcher):
 
     Args:
         judges: labelled, of the head's classes; none of them teaches.
+        on_best: called with `temperature` when an evaluation is the best so far.
         workers: processes that decode and crop.
 
     Raises:
@@ -105,18 +107,21 @@ class Validation(Watcher):
         self,
         config: ValidationConfig,
         objective: Supervised,
-        judges: Judges,
+        judges: ValidationImages,
         view: Center,
-        on_best: Callable[[], None],
+        on_best: Callable[[float | None], None],
         workers: int = 0,
     ) -> None:
-        super().__init__(config.every, judges.images.taking(judges.rows), view, on_best)
-        self.config, self.history = config, list[Judgement]()
+        super().__init__(config.every, judges.images.taking(judges.rows), view)
+        self.config, self.history = config, list[Evaluation]()
+        self.temperature: float | None = None
+        """That of the logits at the latest evaluation; None where none fits, or images have several labels."""
+        self._keep = on_best
         self._objective, self._judges, self._workers = objective, judges, workers
         self._groups = _judged_groups(judges) if config.metric == "worst_group" else []
 
     @property
-    def best(self) -> Judgement:
+    def best(self) -> Evaluation:
         """The first of the best evaluations."""
         best = self.history[0]
         for one in self.history[1:]:
@@ -145,6 +150,7 @@ class Validation(Watcher):
                 "another folder"
             )
         several = labels.ndim == 2
+        self.temperature = None if several else fit_temperature(logits, labels)
         found = {"val_micro_map" if several else "val_top1": _score(logits, labels)}
         if self._groups:
             found["val_worst_group"] = min(_score(logits[rows], labels[rows]) for rows in self._groups)
@@ -155,9 +161,9 @@ class Validation(Watcher):
 
     def _judge(self, found: dict[str, float], step: int) -> dict[str, float]:
         *_, value, loss = found.values()  # of several scores the last one counts
-        self.history.append(Judgement(step, value, loss))
-        if self.best is self.history[-1] and self.on_best is not None:
-            self.on_best()
+        self.history.append(Evaluation(step, value, loss))
+        if self.best is self.history[-1]:
+            self._keep(self.temperature)
         if self.ended:
             logger.info(
                 "step %d: no gain in %d evaluations; stopping, and keeping step %d with %.1f %%",
@@ -190,7 +196,7 @@ class Validation(Watcher):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.history = [Judgement(**one) for one in state["history"]]
+        self.history = [Evaluation(**one) for one in state["history"]]
 
     def told(self, summary: dict[str, Any]) -> dict[str, Any]:
         """A run's summary, with the steps that it took of those it was to take, and what was judged."""
@@ -212,9 +218,10 @@ class Validation(Watcher):
 
 def divided(
     config: ValidationConfig | None, images: ShardSet, seed: int, scratch: str | None = None
-) -> tuple[ShardSet, Judges | None]:
+) -> tuple[ShardSet, ValidationImages | None]:
     """The images that teach, and those that judge; with `fraction` of each class alike, and of each group within it
-    where the lowest group counts. Sets with several labels per image are divided without regard to them.
+    where the lowest group counts. Sets with several labels per image are divided without regard to them. Images of the
+    same bytes stay together, and count as the first of them.
 
     Raises:
         DataError: an image has no label, no class has two images, or the validation shards do not judge this task.
@@ -224,11 +231,16 @@ def divided(
     if config.shards is not None:
         judging = local_set(config.shards, scratch)
         _refuse_unlike(images, judging)
-        return images, Judges(judging, np.arange(len(judging)))
-    learn, judge = (part.numpy() for part in split(_strata(config, images), config.fraction, seed))
+        return images, ValidationImages(judging, np.arange(len(judging)))
+    _, first, same = np.unique(images.index["digest"], return_index=True, return_inverse=True)
+    different = np.sort(first)
+    _, judge = split(_strata(config, images)[different], config.fraction, seed)
     if not len(judge):
-        raise DataError(f"{images.folder}: no class has two images, so none can be held out; give validation.shards")
-    return images.taking(learn), Judges(images, judge)
+        raise DataError(
+            f"{images.folder}: no class has two different images, so none can be held out; give validation.shards"
+        )
+    held = np.isin(first[same], different[judge])
+    return images.taking(np.flatnonzero(~held)), ValidationImages(images, np.flatnonzero(held))
 
 
 def _strata(config: ValidationConfig, images: ShardSet) -> Tensor:
@@ -262,11 +274,13 @@ def _score(logits: Tensor, labels: Tensor) -> float:
     return accuracy(logits.argmax(-1), labels)
 
 
-def _judged_groups(judges: Judges) -> list[Tensor]:
+def _judged_groups(judges: ValidationImages) -> list[Tensor]:
     """Places among the judges of the images of each group that has enough of them.
 
+    With several labels per image it needs one that shows a class, too, as average precision is not defined without.
+
     Raises:
-        DataError: there are no groups, or all are too small.
+        DataError: there are no groups, or none has what it needs.
     """
     told = judges.images.manifest.groups
     if told is None:
@@ -274,10 +288,15 @@ def _judged_groups(judges: Judges) -> list[Tensor]:
             f"validation.metric: the images in {judges.images.folder} are in no groups; pack them by --recipe table "
             "from a list with a column `group`, or take top1"
         )
-    enough = members(judges.images.groups[judges.rows], told.names).values()
+    enough = list(members(judges.images.groups[judges.rows], told.names).values())
+    needed = f"{LEAST} images"
+    if judges.images.multilabel:
+        targets = judges.images.targets[judges.rows]
+        enough = [places for places in enough if targets[places].any()]
+        needed += ", one of them with a class,"
     if not enough:
         raise DataError(
-            f"validation.metric: no group in {judges.images.folder} has {LEAST} images to judge on; raise "
+            f"validation.metric: no group in {judges.images.folder} has {needed} to judge on; raise "
             "validation.fraction, give validation.shards, or take top1"
         )
     return [torch.from_numpy(places) for places in enough]

@@ -23,6 +23,7 @@ from explora.reporting import (
     continual_table,
     is_comparison,
     leaderboard_table,
+    side_table,
     table,
     write_continual,
     write_leaderboard,
@@ -152,7 +153,8 @@ def _leaks(config: RunConfig) -> list[str]:
 def report(folder: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write the HTML report of a chain, a continual run or a comparison, and log its table; returns the report's path.
 
-    Several chains stand side by side on one page, `side_by_side.html` beside the first of them unless `out` says else.
+    Several chains stand side by side on one page, `side_by_side.html` beside the first of them unless `out` says else;
+    the table, a row per run, is also written beside the page as .md.
 
     Raises:
         RunError: a folder holds no run, or a damaged one, or a comparison among several.
@@ -163,7 +165,7 @@ def report(folder: str | Path | Sequence[str | Path], out: str | Path | None = N
         if found := [str(one) for one in several if is_comparison(Path(one))]:
             raise RunError(f"{found[0]}: is a comparison, which has a page of its own; report it alone")
         path = write_side([Path(one) for one in several], to or Path(several[0]).parent / "side_by_side.html")
-        logger.info("report: %s", path)
+        logger.info("\n%s\n\nreport: %s", side_table(several), path)
         return path
     folder = Path(several[0])
     if is_comparison(folder):
@@ -221,7 +223,7 @@ def rehearse_finetune(
     if section.validation is not None and isinstance(images, ShardSet) and isinstance(objective, Supervised):
         _, judges = divided(section.validation, images, seed)
         if judges is not None:
-            Validation(section.validation, objective, judges, Center(), on_best=lambda: None)
+            Validation(section.validation, objective, judges, Center(), on_best=lambda _: None)
     return objective
 
 

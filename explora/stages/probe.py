@@ -21,7 +21,7 @@ from explora.stages.fitting import fit_views
 from explora.stages.probe_config import SETS, ProbeConfig, ProbedModel, refuse_unfit
 from explora.stages.probe_pictures import pictures_of
 from explora.stages.probe_rows import drift, facts_of, moved, rows_of, write
-from explora.stages.probed import Judged, Probed
+from explora.stages.probed import Probed, ProbeResult
 from explora.stages.section import blueprint
 from explora.stages.sources import refuse_strange_sets
 
@@ -46,7 +46,7 @@ def judge(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
         sets = {name: ShardSet.open(path) for name in SETS if (path := getattr(config, name))}
         refuse_unfit(config, sets)
         views = _views(config, sets)
-        judged: list[Judged] = []
+        results: list[ProbeResult] = []
         drifts: dict[str, dict[str, Any]] = {}
         distances: dict[str, dict[str, Any]] = {}
         facts: dict[tuple[str, str], Facts] = {}
@@ -57,24 +57,24 @@ def judge(source: str | Path | Mapping[str, Any], overrides: Overrides = None) -
             probed = Probed(config, run.folder, name, model, views[name])
             features = {key: probed.features(shards) for key, shards in sets.items() if key in config.needed()}
             baseline = baseline or features
-            judged += _judged(probed, model, sets, features)
+            results += _results(probed, model, sets, features)
             drifts[name] = drift(name, baseline, features)
             own = {key: tensor.cpu() for key, tensor in probed.vit.state_dict().items()}
             weights = weights or own
             if own is not weights:
                 distances[name] = moved(name, weights, own)
             facts |= facts_of(probed, features, sets)
-            shown = (sets["test"], probed.view, features["test"], config.pictures, probed.device)
+            shown = (sets["test"], probed.view, features["test"], config.pictures, probed.inference.device)
             pictures |= pictures_of(name, probed.vit, *shown, pictures)
-        rows = list(rows_of(judged, next(iter(config.models)), drifts, sets, distances, config.seed))
-        write(run.folder, rows, judged, sets, pictures, facts)
+        rows = list(rows_of(results, next(iter(config.models)), drifts, sets, distances, config.seed))
+        write(run.folder, rows, results, sets, pictures, facts)
         run.finish({"stage": "probe", "models": list(config.models), "results": len(rows)})
         return rows
 
 
-def _judged(
+def _results(
     probed: Probed, model: ProbedModel, sets: Mapping[str, ShardSet], features: Mapping[str, Features]
-) -> Iterator[Judged]:
+) -> Iterator[ProbeResult]:
     """All that judges one model."""
     yield from probed.judge(features)
     yield from probed.judge_crops(sets["train"], features)

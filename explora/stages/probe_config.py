@@ -10,9 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from explora.config import Config
 from explora.data import Center
-from explora.distributed import Precision
+from explora.distributed import Precision, device_of
 from explora.errors import DataError
-from explora.evaluation import KNN, AnyEvaluator, Linear, LinearCrops, LogisticRegression
+from explora.evaluation import KNN, AnyEvaluator, Inference, Linear, LinearCrops, LogisticRegression
 from explora.evaluation.segmentation import LinearSegmentation
 from explora.models import ModelConfig
 
@@ -75,6 +75,10 @@ class ProbeSection(Config):
             raise ValueError(f"{', '.join(twice)} more than once: their results could not be told apart; keep one")
         return evaluators
 
+    def inference(self) -> Inference:
+        """How images go through each backbone."""
+        return Inference(self.batch_size, self.workers, device_of(self.device), self.precision)
+
     def judges(self) -> dict[str, tuple[str, str, tuple[AnyEvaluator, ...]]]:
         """By data: the set to learn from, the set to judge on, and what judges."""
         return {
@@ -91,7 +95,44 @@ class ProbeSection(Config):
         return {test for _, test, _ in judges} | learning | crops
 
 
-class ProbePlace(Config):
+class DataSets(Config):
+    """The sets that models are judged on, by their roles: folders of shards, or, in a chain, of images."""
+
+    train: str
+    """Labelled target images to fit probes on; a chain fine-tunes on them, too."""
+    test: str
+    """Labelled target images that only judge."""
+    source_train: str | None = None
+    """Labelled source-domain images to fit probes on: with these two the table says what was forgotten."""
+    source_test: str | None = None
+    """Labelled source-domain images that only judge."""
+    control: str | None = None
+    """Labelled images of neither domain: what rises here as well is no adaptation to the target."""
+    masks_train: str | None = None
+    """Target images with masks to fit the segmentation probe on."""
+    masks_test: str | None = None
+    """Target images with masks that only judge."""
+
+    @model_validator(mode="after")
+    def _whole_pairs(self) -> DataSets:
+        for what, one, other in (
+            ("the source domain", "source_train", "source_test"),
+            ("segmentation", "masks_train", "masks_test"),
+        ):
+            absent = [name for name in (one, other) if getattr(self, name) is None]
+            if len(absent) == 1:
+                given = other if absent == [one] else one
+                raise ValueError(f"{given} is given, but not {absent[0]}; {what} needs both, or neither")
+        return self
+
+
+SETS = tuple(DataSets.model_fields)
+"""The roles of sets."""
+JUDGES = {"target": "test", "source": "source_test", "control": "control", "segmentation": "masks_test"}
+"""The sets that judge, by what rows call them."""
+
+
+class ProbePlace(DataSets):
     """Where the probe reads and writes."""
 
     out: str
@@ -100,41 +141,10 @@ class ProbePlace(Config):
     """Draws the validation images, and the weights of a model without any."""
     models: dict[str, ProbedModel] = Field(min_length=1)
     """Backbones by the name they get in the table; the first is what the others are compared with."""
-    train: str
-    """Labelled target shards to fit on."""
-    test: str
-    """Labelled target shards to judge on."""
-    source_train: str | None = None
-    """Labelled source shards: with these two the table says what was forgotten."""
-    source_test: str | None = None
-    """Labelled source shards to judge on."""
-    control: str | None = None
-    """Labelled shards of neither: what rises here as well is no adaptation to the target."""
-    masks_train: str | None = None
-    """Target shards with masks to fit the segmentation probe on."""
-    masks_test: str | None = None
-    """Target shards with masks to judge it on."""
-
-    @model_validator(mode="after")
-    def _whole_pairs(self) -> ProbePlace:
-        check_pairs(self)
-        return self
 
 
 class ProbeConfig(ProbePlace, ProbeSection):
     """Config of `explora probe`."""
-
-
-def check_pairs(sets: Config) -> None:
-    """Refuse half a source domain, or half a segmentation; `explora.config` makes the ValueError a ConfigError."""
-    for what, one, other in (
-        ("the source domain", "source_train", "source_test"),
-        ("segmentation", "masks_train", "masks_test"),
-    ):
-        absent = [name for name in (one, other) if getattr(sets, name) is None]
-        if len(absent) == 1:
-            given = other if absent == [one] else one
-            raise ValueError(f"{given} is given, but not {absent[0]}; {what} needs both, or neither")
 
 
 class Labelled(Protocol):
@@ -174,16 +184,12 @@ def refuse_unfit(section: ProbeSection, sets: Mapping[str, Labelled], where: str
     for data, (_, test, evaluators) in section.judges().items():
         if test not in sets:
             continue
-        several = sets[test].multilabel
-        unfit = [one.label for one in evaluators if one.several_labels != several]
-        if unfit or (several and data == "target" and section.linear_crops):
-            kind, fitting = ("several labels", "logreg_multi, knn_multi") if several else ("one label", "linear, knn")
+        multilabel = sets[test].multilabel
+        unfit = [one.label for one in evaluators if one.multilabel != multilabel]
+        if unfit or (multilabel and data == "target" and section.linear_crops):
+            kinds = ("one label", "linear, knn"), ("several labels", "logreg_multi, knn_multi")
+            kind, fitting = kinds[multilabel]
             raise DataError(
                 f"{where}{test}: the images of {sets[test].folder} have {kind} each, which "
                 f"{', '.join(unfit) or 'linear_crops'} cannot judge by; use evaluators such as {fitting}"
             )
-
-
-JUDGES = {"target": "test", "source": "source_test", "control": "control", "segmentation": "masks_test"}
-"""The sets that judge, by what rows call them."""
-SETS = ("train", "test", "source_train", "source_test", "control", "masks_train", "masks_test")

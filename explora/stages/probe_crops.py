@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from explora.data import Center, Crop, ShardSet, Stream
-from explora.distributed import Precision, autocast
-from explora.evaluation import Features
+from explora.evaluation import Features, Inference, LinearCrops
 from explora.models import ViT
 
 _SCALE = (0.08, 1.0)
@@ -18,17 +16,7 @@ _SCALE = (0.08, 1.0)
 
 @torch.inference_mode()
 def crop_features(
-    vit: ViT,
-    shards: ShardSet,
-    view: Center,
-    *,
-    blocks: int,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    workers: int,
-    device: torch.device,
-    precision: Precision,
+    vit: ViT, shards: ShardSet, view: Center, settings: LinearCrops, blocks: int, inference: Inference
 ) -> Iterator[Features]:
     """Features of the random crops of each step, size and range of values as in `view`, labels beside them.
 
@@ -37,11 +25,11 @@ def crop_features(
     """
     same = {key: getattr(view, key) for key in ("bands", "scaling", "mean", "std", "size")}
     crop = Crop(**same, scale=_SCALE)
-    stream = Stream(shards, crop, batch_size=batch_size, seed=seed, workers=workers)
-    for step in stream.steps(steps):
+    stream = Stream(shards, crop, batch_size=settings.batch_size, seed=settings.seed, workers=inference.workers)
+    for step in stream.steps(settings.steps):
         (raw,) = step.micro_batches
-        batch: dict[str, Tensor] = crop.finish({name: value.to(device) for name, value in raw.items()})
-        with autocast(device, precision):
+        batch = inference.finished(raw, crop)
+        with inference.autocast():
             tokens = vit.features(batch["image"], blocks=min(blocks, vit.depth))
         yield Features(
             tokens.cls.float().cpu(),

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from explora.data import Center, ShardSet, batches
-from explora.distributed import Precision, autocast
+from explora.data import Center, ShardSet
 from explora.errors import WeightsError
-from explora.evaluation import Result
-from explora.evaluation.calibration import plain_calibration
+from explora.evaluation import Inference, Result
+from explora.evaluation.calibration import calibration_at
 from explora.evaluation.multilabel import scored
 from explora.models import ViT, read_tensors
 from explora.objectives.supervised import classify
@@ -20,21 +19,11 @@ LABEL = "head"
 """What its results are called."""
 
 
-def judge_head(
-    vit: ViT,
-    path: str,
-    shards: ShardSet,
-    view: Center,
-    *,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    precision: Precision,
-) -> Iterator[Result]:
+def judge_head(vit: ViT, path: str, shards: ShardSet, view: Center, inference: Inference) -> Iterator[Result]:
     """Top-1 of the head in a head.safetensors on the test images; micro-mAP and LRAP where these have several labels.
 
-    The calibration of the top-1 is that of the logits as they are: no image is left that the head has not learnt from
-    and that could give a temperature.
+    The calibration of the top-1 has a temperature where fine-tuning was validated on images that did not teach it,
+    and recorded what they chose. Here none can be chosen: the file does not say which training images taught the head.
 
     Raises:
         WeightsError: the file is no head for the classes of these images.
@@ -44,30 +33,20 @@ def judge_head(
         raise WeightsError(f"{path}: is no head for the classes of {shards.folder}")
     head = nn.Linear(tensors["weight"].shape[1], len(tensors["weight"]))
     head.load_state_dict(tensors)
-    logits = _logits(vit, head.to(device), metadata["pool"], shards, view, batch_size, workers, device, precision)
+    logits = _logits(vit, head.to(inference.device), metadata["pool"], shards, view, inference)
     if shards.multilabel:
         yield from scored(LABEL, logits.numpy(), shards.targets, shards.classes or [], {})
         return
     found, labels = logits.argmax(-1).numpy(), torch.from_numpy(shards.labels).long()
-    yield Result.over(LABEL, found == shards.labels, {}, found, calibration=plain_calibration(logits, labels))
+    calibrated = calibration_at(metadata.get("temperature"), logits, labels)
+    yield Result.over(LABEL, found == shards.labels, {}, found, calibration=calibrated)
 
 
 @torch.inference_mode()
-def _logits(
-    vit: ViT,
-    head: nn.Linear,
-    pool: str,
-    shards: ShardSet,
-    view: Center,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    precision: Precision,
-) -> Tensor:
+def _logits(vit: ViT, head: nn.Linear, pool: str, shards: ShardSet, view: Center, inference: Inference) -> Tensor:
     """Logits (N, C) of all images, fp32, on the CPU."""
     found = []
-    for raw in batches(shards, view, batch_size, workers):
-        batch = view.finish({name: value.to(device) for name, value in raw.items()})
-        with autocast(device, precision):
+    for batch in inference.batches(shards, view):
+        with inference.autocast():
             found.append(classify(vit([batch["image"]])[0], head, pool).float().cpu())
     return torch.cat(found)

@@ -9,7 +9,7 @@ import torch
 
 from explora.data import Center, Key, ShardSet, crops
 from explora.evaluation import Features
-from explora.evaluation.pictures import attention_pictures, embedding_map, pca_pictures, stratified
+from explora.evaluation.pictures import attention_pictures, embedding_map, pca_pictures, subsample
 from explora.models import ViT
 
 
@@ -35,7 +35,7 @@ def pictures_of(
     batch = crops(shards, view, [Key(0, 0, int(i)) for i in chosen])
     images = view.finish({key: value.to(device) for key, value in batch.items()})["image"]
     first = next((array for key, array in before.items() if key.endswith("__pca")), None)
-    mapped = features.take(stratified(features.labels))
+    mapped = features.take(subsample(features.labels))
     found = {
         f"{name}__pca": pca_pictures(vit.features(images).patches.cpu(), first),
         f"{name}__attention": attention_pictures(vit, images),

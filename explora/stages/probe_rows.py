@@ -25,7 +25,7 @@ from explora.models import ViT
 from explora.reporting.bench import Facts, bench_csv
 from explora.runs import save_arrays, write_atomically
 from explora.stages.probe_config import JUDGES, ProbeConfig
-from explora.stages.probed import Judged, Probed
+from explora.stages.probed import Probed, ProbeResult
 
 logger = logging.getLogger("explora")
 
@@ -57,7 +57,7 @@ def moved(model: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor])
 
 
 def rows_of(
-    judged: list[Judged],
+    results: list[ProbeResult],
     first: str,
     drifts: Mapping[str, Mapping[str, Any]],
     sets: Mapping[str, ShardSet] = NOTHING,
@@ -69,8 +69,8 @@ def rows_of(
     `drifts` and `distances` are by model, as `drift` and `moved` give them; `sets` are by their name in the config,
     and those that judge and have groups give `groups`.
     """
-    reference = {(j.data, j.result.evaluator): j.result for j in judged if j.model == first}
-    for j in judged:
+    reference = {(j.data, j.result.evaluator): j.result for j in results if j.model == first}
+    for j in results:
         result = j.result
         base = None if j.model == first else reference.get((j.data, result.evaluator))
         row: dict[str, Any] = {"model": j.model, "data": j.data, "evaluator": result.evaluator, "metric": result.metric}
@@ -177,7 +177,7 @@ def _bands(view: Center, pixels: Pixels) -> str:
 def write(
     folder: Path,
     rows: list[dict[str, Any]],
-    judged: list[Judged],
+    results: list[ProbeResult],
     sets: Mapping[str, ShardSet],
     pictures: Mapping[str, np.ndarray],
     facts: Mapping[tuple[str, str], Facts] = NOTHING,
@@ -185,7 +185,7 @@ def write(
     """Leave what the report reads, and the rows once more as results.csv; `facts` are by model and data."""
     single = {data: sets[name] for data, name in JUDGES.items() if name in sets and not sets[name].multilabel}
     arrays = {f"{data}__labels": shards.labels for data, shards in single.items()}
-    for j in judged:
+    for j in results:
         if j.result.predictions is not None and len(j.result.predictions) == len(arrays[f"{j.data}__labels"]):
             arrays[j.key] = j.result.predictions
     write_atomically(folder / "results.csv", bench_csv(rows, facts))

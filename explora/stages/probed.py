@@ -10,7 +10,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from explora.data import Center, ShardSet
-from explora.distributed import device_of, precision_on
 from explora.evaluation import Features, Result, extract, fit_crops, split
 from explora.evaluation.features import random_split
 from explora.evaluation.segmentation import extract_patches
@@ -24,7 +23,7 @@ logger = logging.getLogger("explora")
 
 
 @dataclass(frozen=True)
-class Judged:
+class ProbeResult:
     """One result with the data and model it is about."""
 
     model: str
@@ -45,10 +44,9 @@ class Probed:
         self.vit, account, *_ = load_model(model)
         logger.info("%s: %s, %s", name, self.vit.name, account or "random weights")
         self.hash = fingerprint(self.vit.state_dict())
-        self.device = device_of(config.device)
-        self.precision = precision_on(self.device, config.precision)
+        self.inference = config.inference()
         self.cache = Path(config.cache) if config.cache else folder / "features"
-        self.vit.to(self.device).eval()
+        self.vit.to(self.inference.device).eval()
 
     def features(self, shards: ShardSet) -> Features:
         with tqdm(total=len(shards), unit="img", desc=f"{self.name}: {shards.name}", disable=None) as bar:
@@ -56,17 +54,14 @@ class Probed:
                 self.vit,
                 shards,
                 self.view,
+                self.inference,
                 blocks=self.config.blocks,
-                batch_size=self.config.batch_size,
-                workers=self.config.workers,
-                device=self.device,
-                precision=self.precision,
                 cache_dir=self.cache,
                 weights_hash=self.hash,
                 progress=_bar_at(bar),
             )
 
-    def judge(self, features: Mapping[str, Features]) -> Iterator[Judged]:
+    def judge(self, features: Mapping[str, Features]) -> Iterator[ProbeResult]:
         """All evaluators on target, source and control; a fine-tuned model has learnt the target's labels."""
         for data, (train, test, evaluators) in self.config.judges().items():
             if test not in features:
@@ -79,76 +74,46 @@ class Probed:
                     logger.info("%s, %s, %s: left out, it has learnt these labels", self.name, data, evaluator.label)
                     continue
                 for result in evaluator.evaluate(*parts):
-                    yield self._told(data, self._judged(data, result))
+                    yield self._told(data, self._fair(data, result))
 
-    def judge_crops(self, shards: ShardSet, features: Mapping[str, Features]) -> Iterator[Judged]:
+    def judge_crops(self, shards: ShardSet, features: Mapping[str, Features]) -> Iterator[ProbeResult]:
         """The linear protocol with random crops on the target, where the config asks for it."""
         settings = self.config.linear_crops
         if settings is None:
             return
         fit, val = split(features["train"].labels, self.config.val_fraction, self.config.seed)
-        made = crop_features(
-            self.vit,
-            shards.taking(fit.numpy()),
-            self.view,
-            blocks=self.config.blocks,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            workers=self.config.workers,
-            device=self.device,
-            precision=self.precision,
-        )
+        learnt = shards.taking(fit.numpy())
+        made = crop_features(self.vit, learnt, self.view, settings, self.config.blocks, self.inference)
         watched = tqdm(made, total=settings.steps, unit="step", desc=f"{self.name}: random crops", disable=None)
         found = fit_crops(settings, watched, features["train"].take(val), features["test"])
-        yield self._told("target", self._judged("target", found))
+        yield self._told("target", self._fair("target", found))
 
-    def judge_head(self, path: str, shards: ShardSet) -> Iterator[Judged]:
+    def judge_head(self, path: str, shards: ShardSet) -> Iterator[ProbeResult]:
         """The model's own head on the target's test images."""
-        for result in judge_head(
-            self.vit,
-            path,
-            shards,
-            self.view,
-            batch_size=self.config.batch_size,
-            workers=self.config.workers,
-            device=self.device,
-            precision=self.precision,
-        ):
+        for result in judge_head(self.vit, path, shards, self.view, self.inference):
             yield self._told("target", result)
 
-    def judge_masks(self, train: ShardSet, test: ShardSet) -> Iterator[Judged]:
+    def judge_masks(self, train: ShardSet, test: ShardSet) -> Iterator[ProbeResult]:
         """The linear segmentation probe."""
         parts = []
         for shards in (train, test):
             with tqdm(total=len(shards), unit="img", desc=f"{self.name}: {shards.name}", disable=None) as bar:
-                parts.append(
-                    extract_patches(
-                        self.vit,
-                        shards,
-                        self.view,
-                        batch_size=self.config.batch_size,
-                        workers=self.config.workers,
-                        device=self.device,
-                        precision=self.precision,
-                        progress=_bar_at(bar),
-                    )
-                )
+                parts.append(extract_patches(self.vit, shards, self.view, self.inference, _bar_at(bar)))
+        (learnt, tested), device = parts, self.inference.device
         fit, val = random_split(len(train), self.config.val_fraction, self.config.seed)
-        segments = self.config.segmentation.evaluate(parts[0].take(fit), parts[0].take(val), parts[1], self.device)
-        for result in segments:
+        for result in self.config.segmentation.evaluate(learnt.take(fit), learnt.take(val), tested, device):
             yield self._told("segmentation", result)
 
-    def _judged(self, data: str, result: Result) -> Result:
+    def _fair(self, data: str, result: Result) -> Result:
         """Without calibration where validation labels are learnt: they say nothing of how sure the model may be."""
         return replace(result, calibration=None) if data == "target" and self.knows_labels else result
 
-    def _told(self, data: str, result: Result) -> Judged:
+    def _told(self, data: str, result: Result) -> ProbeResult:
         logger.info(
             "%s, %s, %s: %.1f %% [%.1f, %.1f]",
             *(self.name, data, result.evaluator, result.value, result.low, result.high),
         )
-        return Judged(self.name, data, result)
+        return ProbeResult(self.name, data, result)
 
 
 def _bar_at(bar: tqdm) -> Callable[[int], None]:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from explora.data import Center, ShardSet, batches
-from explora.distributed import autocast, device_of, precision_on
-from explora.evaluation import Features, extract
+from explora.data import Center, ShardSet
+from explora.distributed import device_of
+from explora.evaluation import Features, Inference, extract
 from explora.models import fingerprint
 from explora.stages.task_modules import TaskModules
 
@@ -38,9 +38,9 @@ class TaskFeatures:
         self._known: dict[tuple[str, int, Path | None], Features] = {}
         views = {key: getattr(self.config.views, key) for key in ("size", "bands", "scaling", "mean", "std")}
         self._view = Center(**views)
-        self._device = device_of(self.config.loop.device)
-        self._precision = precision_on(self._device, self.config.loop.precision)
-        self._batch = max(1, self.config.batch_size // self.config.micro_batches)
+        batch = max(1, self.config.batch_size // self.config.micro_batches)
+        loop = self.config.loop
+        self._inference = Inference(batch, self.config.workers, device_of(loop.device), loop.precision)
 
     def labels(self, name: str, task: int) -> Tensor:
         """Labels (N,) int64 of a task's images, among all classes."""
@@ -66,11 +66,10 @@ class TaskFeatures:
     def chosen(self, name: str, task: int, upto: int) -> tuple[Tensor, Tensor]:
         """Pooled features (N, D') in one pass, and the tasks (N, norms) that the norms chose among 0 to `upto`."""
         vit, passing = self._modules.choosing(upto)
-        vit.to(self._device)
+        vit.to(self._inference.device)
         pooled, choices = [], []
-        for raw in batches(self._parts[name, task], self._view, self._batch, self.config.workers):
-            batch = self._view.finish({key: value.to(self._device) for key, value in raw.items()})
-            with autocast(self._device, self._precision):
+        for batch in self._inference.batches(self._parts[name, task], self._view):
+            with self._inference.autocast():
                 tokens = vit.features(batch["image"])
             pooled.append(self._pool(tokens.cls[:, -1], tokens.mean).cpu())
             choices.append(torch.stack(passing.chosen, 1).cpu())
@@ -88,11 +87,8 @@ class TaskFeatures:
                 vit,
                 self._parts[name, task],
                 self._view,
+                self._inference,
                 blocks=1,
-                batch_size=self._batch,
-                workers=self.config.workers,
-                device=self._device,
-                precision=self._precision,
                 cache_dir=Path(self.config.out) / "features",
                 weights_hash=fingerprint(vit.state_dict()),
             )
