@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,3 +101,26 @@ def test_one_device_for_all_ranks_of_a_host_is_refused(monkeypatch: pytest.Monke
 def test_bf16_only_where_a_gpu_multiplies_it(monkeypatch: pytest.MonkeyPatch, major: int, format: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 5))
     assert precision_on(torch.device("cuda", 1), "auto") == format
+
+
+_HELD = """
+import sys, torch
+from explora.distributed.device import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = held()
+blocks = [torch.ones(2**20) for _ in range(25)]
+del blocks
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_for_the_next_step():
+    def held(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", _HELD, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert held("given back") < 20e6 < 80e6 < held("kept")

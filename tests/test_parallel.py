@@ -358,6 +358,7 @@ def test_frozen_matrices_in_bf16_give_the_same_bits() -> None:
         if (".attn." in name or ".mlp." in name or "patch_embed.proj" in name)
         and (name not in made.learnt() and "lora_" not in name)
         and "dino_head" not in name
+        and not (".attn.qkv.weight" in name and name.replace("weight", "lora_a") in dtypes)  # summed in fp32 first
     }
     frozen = dict(made.student.named_parameters())
     for name, p in made.teacher.named_parameters():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from explora.adapt.base import Method
+from explora.adapt.merged import Parts, merged_linear
 from explora.adapt.places import Adopted, Place, Target, places, plain, replace
 from explora.errors import ConfigError
 from explora.models.vit import ViT
@@ -54,6 +55,9 @@ class LoRALinear(Adopted):
         return self.lora_b
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.sums and not self._learns:
+            parts = Parts(self.parts, self.pieces, self.scale)
+            return merged_linear(x, self.weight, self.bias, self.lora_a, self.terms(), parts)
         low, b = F.linear(x, self.lora_a), self.scale * self._stacked(self.terms())
         y = F.linear(x, self.weight, self.bias)
         if self.lora_m is None:
@@ -62,6 +66,16 @@ class LoRALinear(Adopted):
         unbiased = y if self.bias is None else y - self.bias.to(y.dtype)
         # Added to y, not multiplied into it: a gain of 1 leaves every bit.
         return y + (gain - 1).to(y.dtype) * unbiased + F.linear(low, gain[:, None] * b)
+
+    @property
+    def sums(self) -> bool:
+        """Whether a product with W + s B A will do, for which W is kept in the format of B A; see `merged_linear`."""
+        return self.lora_m is None
+
+    @property
+    def _learns(self) -> bool:
+        """Whether the base gets gradients of its own now."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in (self.weight, self.bias) if p is not None)
 
     def merged(self) -> nn.Linear:
         with torch.no_grad():

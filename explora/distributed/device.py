@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 from typing import Any, Literal
 
 import torch
@@ -11,6 +13,8 @@ from explora.distributed.world import local_rank, local_size
 from explora.errors import RunError
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
 
 
 def device_of(name: str) -> torch.device:
@@ -55,3 +59,14 @@ def precision_on(device: torch.device, precision: Precision) -> Literal["fp32", 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
     """A context in which matrix products run in the resolved format."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(device, precision) == "bf16")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep blocks that are freed, where it is the C library; training on a CPU asks for them in every step.
+
+    By default it gives blocks of megabytes back to the system and gets them again, page by page.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 2**25)  # the most that it takes
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)

@@ -21,9 +21,10 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from explora.distributed.device import keep_freed_memory
 from explora.distributed.plan import Plan
 from explora.distributed.replicas import Replicas
-from explora.distributed.shards import Shards, learns, products
+from explora.distributed.shards import Shards, learns, products, summed
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -64,6 +65,8 @@ class Parallel:
         compile: bool = False,
     ) -> None:
         self.module, self.plan = module, plan
+        if device.type == "cpu":
+            keep_freed_memory()
         frozen = _frozen(module)
         if precision == "bf16":
             _narrow(module, frozen)
@@ -115,8 +118,9 @@ def _frozen(module: nn.Module) -> set[nn.Parameter]:
 
 def _narrow(module: nn.Module, frozen: Set[nn.Parameter]) -> None:
     """Store frozen weights of matrix products as autocast would make them each time; whoever shares them still does."""
+    wide = {layer.weight for layer in summed(module)}
     for p in products(module):
-        if p in frozen:
+        if p in frozen and p not in wide:
             p.data = p.data.to(torch.bfloat16)
 
 
@@ -142,8 +146,8 @@ def _recompute(unit: nn.Module, how: Recompute) -> None:
 
 def _again(entry: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
     # A function of ours, because the compiler looks into no other.
-    def again(*args: Any) -> Any:
-        return checkpoint(entry, *args, use_reentrant=False, context_fn=contexts)
+    def again(*args: Any, **named: Any) -> Any:
+        return checkpoint(entry, *args, use_reentrant=False, context_fn=contexts, **named)
 
     return again
 

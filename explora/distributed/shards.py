@@ -82,9 +82,9 @@ def _groups(
     """What is gathered together.
 
     The matrices of a block are a group where they are most of it: in the format of products, as autocast would make
-    them. All other things of a root share one group, which is small, for the latency of many collectives would cost
-    more than they move: norms, scales and low-rank factors, exactly as they are. A root comes before its blocks, or
-    FSDP2 would leave it nothing of them.
+    them; those to which something is added before, each by itself and as they are. All other things of a root share
+    one group, which is small, for the latency of many collectives would cost more than they move: norms, scales and
+    low-rank factors, exactly as they are. A root comes before its blocks, or FSDP2 would leave it nothing of them.
     """
     blocks, groups = set(units), []
     for root in roots:
@@ -95,7 +95,9 @@ def _groups(
             own = list(dict.fromkeys(p for p in products(unit) if p in left))
             if 2 * _elements(own) > _elements(unit.parameters()):
                 dtype = torch.bfloat16 if precision == "bf16" else None
-                matrices.append(_Group(unit, own, dtype, passes))
+                sums = {p: layer for layer in summed(unit) for p in own if p is layer.weight and dtype}
+                matrices.append(_Group(unit, [p for p in own if p not in sums], dtype, passes))
+                matrices += [_Group(layer, [weight], None, passes) for weight, layer in sums.items()]
                 for p in own:
                     del left[p]
         if left or matrices:
@@ -108,6 +110,11 @@ def products(module: nn.Module) -> Iterator[nn.Parameter]:
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             yield from (p for p in (layer.weight, layer.bias) if isinstance(p, nn.Parameter))
+
+
+def summed(module: nn.Module) -> Iterator[nn.Linear]:
+    """Its layers that add to their weight in fp32 before a product, so that it must not be narrowed."""
+    return (layer for layer in module.modules() if isinstance(layer, nn.Linear) and getattr(layer, "sums", False))
 
 
 def _elements(parameters: Iterable[nn.Parameter]) -> int:
