@@ -332,3 +332,37 @@ def test_real_deit_loads_whole_and_gives_timms_features():
     cls, patches = tokens_of(model.eval(), images)
     assert_close(tokens.cls_BD, cls, atol=1e-4, rtol=1e-4)
     assert_close(tokens.patches_BND, patches, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_tokens_that_nobody_wants_change_nothing_else(untied):
+    torch.manual_seed(0)
+    vit = build("vit_tiny_patch16_224", 32, {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}).double()
+    for p in vit.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    images = [torch.randn(3, 3, 32, 32).double(), torch.randn(2, 3, 16, 16).double()]
+    masks = [torch.rand(3, 16) < 0.5, None]
+    norms = [None, torch.nn.LayerNorm(32).double()] if untied else None
+    some, none = torch.tensor([40, 3, 17]), torch.empty(0, dtype=torch.int64)
+
+    def seen(wanted: list[Tensor | None] | None) -> tuple[list[Tensor], list[Tensor]]:
+        first, second = vit(images, masks, norms, wanted)
+        picked = first.patches_BND.flatten(0, 1)[some] if wanted is None else first.patches_BND
+        outputs = [first.cls_BD, second.cls_BD, picked]
+        loss = sum(output.sin().sum() for output in outputs)
+        return outputs, list(torch.autograd.grad(loss, vit.parameters(), allow_unused=True))
+
+    assert_close(seen([some, none]), seen(None), rtol=1e-10, atol=1e-12)
+    whole = vit(images, masks, norms)
+    for one, all_of_it in zip(vit(images, masks, norms, [some, None]), whole, strict=True):
+        assert_close(one.cls_BD, all_of_it.cls_BD, rtol=1e-10, atol=1e-12)
+    assert_close(vit(images, masks, norms, [some, None])[1].patches_BND, whole[1].patches_BND, rtol=1e-10, atol=1e-12)
+
+
+def test_the_last_block_leaves_out_what_nobody_wants():
+    vit = build("vit_tiny_patch16_224", 32, {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2})
+    rows = []
+    for block in vit.blocks:
+        block.mlp.register_forward_hook(lambda _module, given, _result: rows.append(len(given[0])))
+    vit([torch.randn(3, 3, 32, 32)], None, None, [torch.tensor([5, 30])])
+    assert rows == [3 * 17, 3 + 2]

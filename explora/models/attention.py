@@ -54,8 +54,10 @@ def _parts(qkv_T3HK: Tensor, groups: Sequence[Group]) -> Iterator[Tensor]:
 
 
 def _explicit(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor) -> Tensor:
-    scores = (q_BHNK * q_BHNK.shape[-1] ** -0.5) @ k_BHNK.transpose(-2, -1)
-    return scores.softmax(-1).to(v_BHNK.dtype) @ v_BHNK
+    # Autocast would widen the softmax, which works in fp32 as it is, and keep a copy of twice the size.
+    with torch.autocast(q_BHNK.device.type, enabled=False):
+        scores = (q_BHNK * q_BHNK.shape[-1] ** -0.5) @ k_BHNK.transpose(-2, -1)
+        return scores.softmax(-1) @ v_BHNK
 
 
 @cache

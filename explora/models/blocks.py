@@ -73,18 +73,28 @@ class PackedBlock(nn.Module, abc.ABC):
         self.memory: nn.Module | None = None
         self.reader: nn.Module | None = None
 
-    def forward(self, x_TD: Tensor, layout: Layout, drop: float = 0.0, heads_T3HK: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        layout: Layout,
+        drop: float = 0.0,
+        heads_T3HK: Tensor | None = None,
+        rows_R: Tensor | None = None,
+    ) -> Tensor:
         """The stream (T, D) after this block.
 
         Args:
             drop: the part of the images of each group that skips a branch (drop path); others count the more.
             heads_T3HK: the stream's queries, keys and values where `read` has made them already.
+            rows_R: the tokens that are wanted of it, (R, D) then; the others are attended to, and that is all.
         """
-        if heads_T3HK is None or drop > 0:  # with drop path attention sees some of the images only
+        if drop > 0:  # attention sees some of the images only
             x_TD = residual(self._attend, x_TD, layout, drop)
-        else:
-            x_TD = x_TD + self._attend(x_TD, layout, heads_T3HK)
-        return residual(self._transform, x_TD, layout, drop)
+            x_TD = residual(self._transform, x_TD, layout, drop)
+            return x_TD if rows_R is None else x_TD[rows_R]
+        found = self._attend(x_TD, layout, heads_T3HK, rows_R)
+        x = (x_TD if rows_R is None else x_TD[rows_R]) + found
+        return x + self._transform(x, layout)
 
     def read(self, x_TD: Tensor, layout: Layout, before_IQD: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the reader's Q queries for each of the I images find in the stream (T, D) that enters this block.
@@ -106,11 +116,14 @@ class PackedBlock(nn.Module, abc.ABC):
         found = asked + self._out(seen, _cross_attend(queries, heads[:, 1:], layout.groups))
         return found + self._transform(found, layout), heads
 
-    def _attend(self, x_TD: Tensor, layout: Layout, heads_T3HK: Tensor | None = None) -> Tensor:
-        """What attention adds."""
+    def _attend(
+        self, x_TD: Tensor, layout: Layout, heads_T3HK: Tensor | None = None, rows_R: Tensor | None = None
+    ) -> Tensor:
+        """What attention adds, to all tokens or to some."""
         seen = self.norm1(x_TD)
         heads = split_heads(self.attn, seen, layout.rope_TK) if heads_T3HK is None else heads_T3HK
-        return self._out(seen, attend(heads, layout.groups))
+        found = attend(heads, layout.groups)
+        return self._out(seen, found) if rows_R is None else self._out(seen[rows_R], found[rows_R])
 
     def _out(self, seen: Tensor, found: Tensor) -> Tensor:
         """From what the heads found, (..., H, K), to what is added to the stream; `seen` is what attention saw."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from explora.errors import WeightsError
 from explora.models.positions import sincos, sincos_grid
@@ -84,3 +84,50 @@ def embed_patches(embed: nn.Module, images_BCHW: Tensor) -> Tensor:
     assert isinstance(embed, PatchEmbed)
     tokens: Tensor = embed.norm(embed.proj(images_BCHW).flatten(2).transpose(1, 2))
     return tokens
+
+
+def embed_kept_groups(
+    embeds: Iterable[nn.Module], groups: ChannelGroups, images_BCHW: Tensor, keep_BM: Tensor, patches: int
+) -> Tensor:
+    """(B, M, D): of the tokens that `embed_groups` gives those that are kept, the others never made.
+
+    Args:
+        keep_BM: int64, which of the G N.
+        patches: N.
+    """
+    parts = zip(embeds, groups, by_group(keep_BM, len(groups), patches), strict=True)
+    made = torch.cat([embed_kept(embed, images_BCHW[:, list(group)], places) for embed, group, places in parts])
+    order = (keep_BM // patches).flatten().argsort(stable=True)
+    return made[order.argsort()].unflatten(0, keep_BM.shape)
+
+
+def embed_kept(embed: nn.Module, images_BCHW: Tensor, places_M: Tensor) -> Tensor:
+    """(M, D): of what `embed_patches` gives the M patches that are wanted, by their places among all B N.
+
+    Kernels do not overlap, so the convolution is one product with each patch.
+    """
+    assert isinstance(embed, PatchEmbed)
+    cut = kept_patches(images_BCHW, embed.proj.kernel_size[0], places_M).flatten(1)
+    tokens: Tensor = embed.norm(linear(cut, embed.proj.weight.flatten(1), embed.proj.bias))
+    return tokens
+
+
+def kept_patches(images_BCHW: Tensor, size: int, places_M: Tensor) -> Tensor:
+    """(M, C, p, p): patches of `size` p by their places among all B N, row by row in each image."""
+    cut_BYXCPP = images_BCHW.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5)
+    _, rows, columns = cut_BYXCPP.shape[:3]
+    return cut_BYXCPP[places_M // (rows * columns), places_M // columns % rows, places_M % columns]
+
+
+def by_group(tokens_BM: Tensor, groups: int, patches: int) -> list[Tensor]:
+    """For each group which of the B N patches are among the tokens, in their order: int64 (M of the group,) each.
+
+    Args:
+        tokens_BM: int64, some of the groups * N tokens of each image.
+        patches: N.
+    """
+    images = torch.arange(len(tokens_BM), device=tokens_BM.device).unsqueeze(1)
+    places = images * patches + tokens_BM % patches
+    if groups == 1:  # their number need not be asked of a device
+        return [places.flatten()]
+    return [places[tokens_BM // patches == group] for group in range(groups)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,18 @@ from explora.models.attention import Group
 from explora.models.blocks import Layout, packed
 from explora.models.channels import (
     ChannelGroups,
+    by_group,
     check_groups,
     embed_groups,
+    embed_kept,
+    embed_kept_groups,
     embed_patches,
     group_embeds,
     group_positions,
     group_tables,
 )
 from explora.models.positions import PositionMode, resample_positions
+from explora.models.tokens import BlockFeatures, Tokens, rows
 from explora.models.torchvision_compat import import_torchvision
 
 import_torchvision()
@@ -33,26 +38,6 @@ from timm.models.eva import Eva  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 __all__ = ["BlockFeatures", "Mixup", "Tokens", "ViT", "build", "timm"]
-
-
-class Tokens(NamedTuple):  # a tuple, so that whoever shards a model finds the tensors in what it puts out
-    """What the final norm puts out for one group of images."""
-
-    cls_BD: Tensor
-    """The class token; the mean of the patches where a model has none."""
-    patches_BND: Tensor
-    """Row by row; with channel groups all patches of the first group, then those of the second, and so on."""
-
-
-class BlockFeatures(NamedTuple):
-    """What evaluators read: the class token of the last n blocks, each through the final norm."""
-
-    cls: Tensor
-    """(B, n, D), the last block last."""
-    mean: Tensor
-    """(B, D): mean of the last block's patch tokens."""
-    patches: Tensor
-    """(B, N, D): the last block's patch tokens, in the order of `Tokens.patches_BND`."""
 
 
 class ViT(nn.Module):
@@ -147,6 +132,7 @@ class ViT(nn.Module):
         images: Sequence[Tensor],
         masks: Sequence[Tensor | None] | None = None,
         class_norms: Sequence[nn.Module | None] | None = None,
+        wanted: Sequence[Tensor | None] | None = None,
     ) -> list[Tokens]:
         """Encode groups of images, one group a size, in one pass.
 
@@ -155,10 +141,16 @@ class ViT(nn.Module):
             masks: for each group None or bool (B, groups * N): patches whose embedding the mask token replaces.
             class_norms: for each group None or the LayerNorm that its class token gets instead of the final norm
                 (DINOv3's untied norm of local crops).
+            wanted: for each group None or int64 (M,): which of its B * groups * N patch tokens to put out, in this
+                order. The last block leaves out what nobody wants.
         """
         x, layout = self._pack(images, masks)
-        (x,), read = self._read(x, layout)
-        return self._tokens(x, layout, read, class_norms)
+        wanted = wanted or [None] * len(images)
+        if all(places is None for places in wanted) or self.cls_token is None or self.pool is not None:
+            (x,), read = self._read(x, layout)
+            tokens = self._tokens(x, layout, read, class_norms)
+            return [whole.chosen(places) for whole, places in zip(tokens, wanted, strict=True)]
+        return self._chosen(x, layout, wanted, class_norms)
 
     def visible(self, images_BCHW: Tensor, keep_BM: Tensor) -> Tensor:
         """Encode some patches only, each at its place (MAE): (B, prefix + M, D) after the final norm.
@@ -166,11 +158,9 @@ class ViT(nn.Module):
         Args:
             keep_BM: int64, which of the groups * N patch tokens to keep; the output has their order.
         """
-        x, rope = self._embed(images_BCHW, None), self._rope(*self._grid(images_BCHW))
-        prefix = torch.arange(self.prefix_tokens, device=x.device).expand(len(x), -1)
-        places = torch.cat([prefix, keep_BM + self.prefix_tokens], 1)
-        x = x.gather(1, places.unsqueeze(-1).expand(-1, -1, self.width))
-        layout = Layout((Group(*places.shape),), None if rope is None else rope[places].flatten(0, 1))
+        x, rope = self._embed(images_BCHW, None, keep_BM), self._rope(*self._grid(images_BCHW))
+        turns = None if rope is None else rope[_behind(self.prefix_tokens, keep_BM)].flatten(0, 1)
+        layout = Layout((Group(*x.shape[:2]),), turns)
         x = self._run(x.flatten(0, 1), layout)
         return self._unpack(self.norm(x), layout)[0]
 
@@ -202,10 +192,12 @@ class ViT(nn.Module):
         parts = x_TD.split([group.images * group.tokens for group in layout.groups])
         return [part.unflatten(0, tuple(group)) for part, group in zip(parts, layout.groups, strict=True)]
 
-    def _run(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        for block in self.blocks:
+    def _run(self, x_TD: Tensor, layout: Layout, rows_R: Tensor | None = None) -> Tensor:
+        """The stream after all blocks, or of it the rows that are wanted."""
+        *earlier, last = self.blocks
+        for block in earlier:
             x_TD = block(x_TD, layout, self._drop())
-        return x_TD
+        return last(x_TD, layout, self._drop(), None, rows_R)
 
     def _read(self, x_TD: Tensor, layout: Layout, last: int = 1) -> tuple[list[Tensor], list[Tensor]]:
         """The stream after each of the last blocks, and what readers found at each block, if there are any."""
@@ -229,12 +221,8 @@ class ViT(nn.Module):
         height, width = images_BCHW.shape[-2:]
         return height // self.patch_size, width // self.patch_size
 
-    def _embed(self, images_BCHW: Tensor, mask_BN: Tensor | None) -> Tensor:
-        if isinstance(self.patch_embed, nn.ModuleList):
-            assert self.channel_groups is not None
-            x = embed_groups(self.patch_embed, self.channel_groups, images_BCHW)
-        else:
-            x = embed_patches(self.patch_embed, images_BCHW)
+    def _embed(self, images_BCHW: Tensor, mask_BN: Tensor | None, keep_BM: Tensor | None = None) -> Tensor:
+        x = self._patches(images_BCHW, keep_BM)
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream stays fp32 under autocast
         if mask_BN is not None:
             x = torch.where(mask_BN.unsqueeze(-1), self.mask_token.to(x.dtype), x)
@@ -242,8 +230,23 @@ class ViT(nn.Module):
         if self.pos_embed is None:
             return self.norm_pre(torch.cat([*prefix, x], 1))
         positions = self.positions(*self._grid(images_BCHW))
+        if keep_BM is not None:
+            positions = positions[0, _behind(self.prefix_tokens if self.embeds_prefix else 0, keep_BM)]
         x = torch.cat([*prefix, x], 1) + positions if self.embeds_prefix else torch.cat([*prefix, x + positions], 1)
         return self.norm_pre(x)
+
+    def _patches(self, images_BCHW: Tensor, keep_BM: Tensor | None) -> Tensor:
+        """The embedding of all patches, or of those that are kept."""
+        embed = self.patch_embed
+        if isinstance(embed, nn.ModuleList):
+            assert self.channel_groups is not None
+            if keep_BM is None:
+                return embed_groups(embed, self.channel_groups, images_BCHW)
+            return embed_kept_groups(embed, self.channel_groups, images_BCHW, keep_BM, prod(self._grid(images_BCHW)))
+        if keep_BM is None:
+            return embed_patches(embed, images_BCHW)
+        (places,) = by_group(keep_BM, 1, prod(self._grid(images_BCHW)))
+        return embed_kept(embed, images_BCHW, places).unflatten(0, keep_BM.shape)
 
     def _rope(self, height: int, width: int) -> Tensor | None:
         """Sines and cosines of one image, (prefix + N, 2 K): prefix tokens are turned by no angle."""
@@ -276,6 +279,25 @@ class ViT(nn.Module):
         finished = [whole[:, 0] if norm is None else norm(cls) for cls, norm, whole in ends]
         return [Tokens(cls, part) for cls, part in zip(finished, patches, strict=True)]
 
+    def _chosen(
+        self,
+        x_TD: Tensor,
+        layout: Layout,
+        wanted: Sequence[Tensor | None],
+        class_norms: Sequence[nn.Module | None] | None,
+    ) -> list[Tokens]:
+        """Class tokens and some patches through the blocks and the final norm, as `_tokens` gives all of them."""
+        chosen = rows(layout.groups, wanted, self.prefix_tokens, x_TD.device)
+        x = self._run(x_TD, layout, torch.cat(chosen))
+        raw, normed = (part.split([len(some) for some in chosen]) for part in (x, self.norm(x)))
+        tokens = []
+        for number, (group, some) in enumerate(zip(layout.groups, wanted, strict=True)):
+            norm = class_norms[number] if class_norms else None
+            cls = normed[2 * number] if norm is None else norm(raw[2 * number])
+            patches = normed[2 * number + 1]
+            tokens.append(Tokens(cls, patches.unflatten(0, (group.images, -1)) if some is None else patches))
+        return tokens
+
     def _group(self, groups: ChannelGroups, own: int | None) -> None:
         check_groups(groups, self.channels, self.width, own)
         if self.pos_embed is None:
@@ -285,6 +307,12 @@ class ViT(nn.Module):
         prefix = self.prefix_tokens if self.embeds_prefix else 0
         side = self.image_size // self.patch_size
         self.pos_embed, self.channel_embed = group_tables(groups, self.width, side, prefix, own)
+
+
+def _behind(prefix: int, keep_BM: Tensor) -> Tensor:
+    """Rows of a table of all tokens of an image, (B, prefix + M): those before the patches, then the kept ones."""
+    first = torch.arange(prefix, device=keep_BM.device).expand(len(keep_BM), -1)
+    return torch.cat([first, keep_BM + prefix], 1)
 
 
 def build(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -17,7 +17,7 @@ from explora.errors import ConfigError, WeightsError
 from explora.models import ViT
 from explora.models.attention import Group
 from explora.models.blocks import Layout, decoder_blocks
-from explora.models.channels import group_positions, group_tables
+from explora.models.channels import group_positions, group_tables, kept_patches
 from explora.models.positions import resample_positions, sincos_grid
 
 WIDTH, DEPTH, HEADS = 512, 8, 16
@@ -113,26 +113,46 @@ class Decoder(nn.Module):
         """Names of what the checkpoint did not give and must be learnt, so without the fixed positions."""
         self._choose(config)
 
-    def forward(self, tokens_BTD: Tensor, keep_BM: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+    def forward(
+        self,
+        tokens_BTD: Tensor,
+        keep_BM: Tensor,
+        grid: tuple[int, int],
+        wanted: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
         """Predictions for every patch, hidden or not: for each channel group (B, N, p * p * C of the group).
 
         Args:
             tokens_BTD: prefix tokens, then the M visible ones, as the encoder puts them out.
             keep_BM: int64, which of the groups * N tokens these are.
             grid: patches from top to bottom and from left to right; N is their product.
+            wanted: for each channel group int64 (R,), which of its B * N patches to predict, see `by_group`: (R, ...)
+                then. The last block leaves out what nobody wants.
         """
+        x, layout = self._stream(tokens_BTD, keep_BM, grid)
+        prefix, patches = tokens_BTD.shape[1] - keep_BM.shape[1], grid[0] * grid[1]
+        *earlier, last = self.blocks
+        for block in earlier:
+            x = block(x, layout)
+        if wanted is None:
+            whole = self.norm(last(x, layout)).unflatten(0, layout.groups[0])
+            parts = whole[:, prefix:].split(patches, 1)
+        else:
+            length = layout.groups[0].tokens
+            firsts = range(prefix, length, patches)
+            rows = [at // patches * length + first + at % patches for first, at in zip(firsts, wanted, strict=True)]
+            parts = self.norm(last(x, layout, rows_R=torch.cat(rows))).split([len(some) for some in rows])
+        return [layer(part) for layer, part in zip(self._predictions(), parts, strict=True)]
+
+    def _stream(self, tokens_BTD: Tensor, keep_BM: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Layout]:
+        """All tokens at their places, the mask token where there is none, packed."""
         x = self.embed(tokens_BTD).to(self.mask_token.dtype)  # the residual stream stays fp32 under autocast
         positions = self.positions(*grid)
         prefix, tokens = x.shape[1] - keep_BM.shape[1], positions.shape[1] - 1
         places = keep_BM.unsqueeze(-1).expand(-1, -1, x.shape[-1])
         patches = self.mask_token.expand(len(x), tokens, -1).scatter(1, places, x[:, prefix:])
         x = torch.cat([x[:, :prefix] + positions[:, :1], patches + positions[:, 1:]], 1)
-        layout = Layout((Group(*x.shape[:2]),))
-        x = x.flatten(0, 1)
-        for block in self.blocks:
-            x = block(x, layout)
-        parts = self.norm(x).unflatten(0, layout.groups[0])[:, prefix:].chunk(len(self.channels), 1)
-        return [layer(part) for layer, part in zip(self._predictions(), parts, strict=True)]
+        return x.flatten(0, 1), Layout((Group(*x.shape[:2]),))
 
     def positions(self, height: int, width: int) -> Tensor:
         """(1, 1 + groups * N, d): a row for the prefix tokens, then the patches of each group."""
@@ -146,9 +166,16 @@ class Decoder(nn.Module):
             return ""
         return "a fresh decoder" if "embed.weight" in self.fresh else "the decoder's pred.* begin anew"
 
-    def patches(self, images_BCHW: Tensor) -> list[Tensor]:
-        """What there is to predict: for each channel group (B, N, p * p * C of the group), the channel last."""
-        return [patchify(images_BCHW[:, list(group)], self.patch_size) for group in self.channels]
+    def patches(self, images_BCHW: Tensor, wanted: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """What there is to predict: for each channel group (B, N, p * p * C of the group), the channel last.
+
+        Args:
+            wanted: as `forward` takes it; gives (R, p * p * C of the group).
+        """
+        if wanted is None:
+            return [patchify(images_BCHW[:, list(group)], self.patch_size) for group in self.channels]
+        asked = [(images_BCHW[:, list(group)], places) for group, places in zip(self.channels, wanted, strict=True)]
+        return [kept_patches(part, self.patch_size, places).movedim(1, -1).flatten(1) for part, places in asked]
 
     def images(self, patches: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """The inverse of `patches`: (B, C, H, W)."""

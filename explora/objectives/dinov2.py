@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from explora.distributed import gather_counts, rank
 from explora.models import Tokens, ViT
@@ -20,6 +18,7 @@ from explora.objectives.dinov2_config import DINOv2Config, HeadConfig
 from explora.objectives.gram import gram_loss
 from explora.objectives.heads import DINOHead
 from explora.objectives.health import PrototypeUse, agreement, entropy
+from explora.objectives.prototypes import prototype_cross_entropy
 from explora.objectives.student import Student, over_frozen
 from explora.schedules import Progress, cosine, linear
 
@@ -29,9 +28,9 @@ __all__ = ["DINOv2", "DINOv2Config", "HeadConfig", "Target"]
 class Target(NamedTuple):
     """What the teacher says to one micro-batch of B images."""
 
-    cls: centring.Rows
+    cls: centring.Targets
     """(2 B, K): the target that each student crop meets, so the other crop's."""
-    patches: centring.Rows
+    patches: centring.Targets
     """(M, K): one row a masked patch."""
     masked: Tensor
     """(M,): where these patches are among all 2 B N of the micro-batch."""
@@ -152,7 +151,7 @@ class DINOv2(Objective):
         self._use.observe((part() for part in cls), 2 * sum(counts))
 
         seeds = [seed + rank() for seed in torch.randint(2**62, (len(micro_batches),)).tolist()]
-        koleos = self._koleos(micro_batches, counts, seeds, progress)
+        koleos = self._koleos(micro_batches, counts, seeds, masked, progress)
         return [
             Target(cls_part, patch_part, places, cached, counts, count / sum(counts), seed)
             for cls_part, patch_part, places, cached, count, seed in zip(
@@ -163,7 +162,7 @@ class DINOv2(Objective):
     def forward(self, batch: Batch, target: Target, progress: Progress) -> StepOutput:
         """Loss of one micro-batch: DINO over 2 + 2L pairs, iBOT over masked patches, KoLeo over each global crop."""
         config = self.config
-        tokens = self._study(batch, target.seed, progress)
+        tokens = self._study(batch, target.seed, progress, target.masked)
         views = [part.cls_BD.unflatten(0, (-1, batch["global"].shape[1])) for part in tokens]
         logits = self.student.dino_head(torch.cat(views))
         logp = losses.student_log_probabilities(logits, config.student_temperature)
@@ -171,13 +170,15 @@ class DINOv2(Objective):
         cls = target.cls().unflatten(0, (2, -1))
         dino_global = losses.cross_entropy(cls, logp[:2]).mean(1).sum() / pairs
         dino_local = losses.cross_entropy(cls.sum(0, keepdim=True), logp[2:]).mean(1).sum() / pairs
-        ibot = self._ibot(tokens[0].patches_BND, batch["mask"].flatten(0, 1), target)
+        patches = tokens[0].patches_BND
+        masked = patches if self.anchor is None else patches.flatten(0, 1).index_select(0, target.masked)
+        ibot = self._ibot(masked, batch["mask"].flatten(0, 1), target)
         spread = self._koleo(views[0], target)
         parts = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot / 2, "koleo": spread / 2}
         loss = config.dino_weight * (dino_global + dino_local) + config.ibot_weight * ibot
         loss = loss + config.koleo_weight * spread
         if self.anchor is not None:
-            parts["gram"] = self._gram(self.anchor, batch, tokens[0].patches_BND)
+            parts["gram"] = self._gram(self.anchor, batch, patches)
             loss = loss + config.gram_weight * parts["gram"]
         parts["agreement"] = agreement(logp[:2], cls)
         parts["target_entropy"] = entropy(cls)
@@ -196,40 +197,40 @@ class DINOv2(Objective):
 
     def _teach(self, batch: Batch, masked_M: Tensor) -> tuple[Tensor, Tensor]:
         """Where the teacher's heads put class tokens, each crop's in the other's place, and masked patches."""
-        tokens = self.teacher.backbone([batch["global"].flatten(0, 1)])[0]
-        other_cls = tokens.cls_BD.unflatten(0, (2, -1)).flip(0).flatten(0, 1)
-        patches = tokens.patches_BND.flatten(0, 1).index_select(0, masked_M)
+        crops = batch["global"].flatten(0, 1)
+        cls, patches = self.teacher.backbone([crops], None, None, [masked_M])[0]
+        other_cls = cls.unflatten(0, (2, -1)).flip(0).flatten(0, 1)
         return self.teacher.dino_head.points(other_cls), self.teacher.patch_head.points(patches)
 
-    def _study(self, batch: Batch, seed: int, progress: Progress, *, local: bool = True) -> list[Tokens]:
+    def _study(
+        self, batch: Batch, seed: int, progress: Progress, masked_M: Tensor, *, local: bool = True
+    ) -> list[Tokens]:
+        """The student's tokens; of patches the masked ones alone, unless there is an anchor to compare all with."""
+        patches = None if self.anchor is not None else masked_M
         torch.manual_seed(seed)
         learns = torch.is_grad_enabled() and progress.over(self.config.head_warmup) >= 1
         with torch.set_grad_enabled(learns):
-            return self.student.encode(batch, local=local)
+            return self.student.encode(batch, patches, local=local)
 
     def _centre(
         self, head: DINOHead, points: Sequence[Tensor], center: Tensor, temperature: float
-    ) -> list[centring.Rows]:
+    ) -> list[centring.Targets]:
         """Targets of each micro-batch; where it is not the only one, what is kept of its rows is their points."""
-        alone = len(points) == 1
         prototypes = head.last_layer.directions()
-        logits = [centring.kept(partial(F.linear, part, prototypes), alone) for part in points]
         if self.config.centering == "sinkhorn":
-            shift = centring.sinkhorn(logits, temperature)
-        else:
-            self._moves.append((center, centring.mean_logits(points, prototypes, center)))
-            shift = center / temperature
-        return [centring.kept(partial(centring.targets, part, temperature, shift), alone) for part in logits]
+            return centring.balanced(points, prototypes, temperature)
+        self._moves.append((center, centring.mean_logits(points, prototypes, center)))
+        return centring.shifted(points, prototypes, temperature, center / temperature)
 
-    def _ibot(self, patches_BND: Tensor, mask_BN: Tensor, target: Target) -> Tensor:
+    def _ibot(self, patches_MD: Tensor, mask_BN: Tensor, target: Target) -> Tensor:
         """Sum over masked patches of cross-entropy / masked patches of that image, over all global crops.
 
         Without any it is 0, with gradients of 0, so that the same parameters learn on every rank.
         """
-        logits = self.student.patch_head(patches_BND.flatten(0, 1).index_select(0, target.masked))
-        logp = losses.student_log_probabilities(logits, self.config.student_temperature)
+        head, temperature = self.student.patch_head, self.config.student_temperature
         weights = (1 / mask_BN.sum(1).clamp_min(1))[target.masked // mask_BN.shape[1]]
-        return (losses.cross_entropy(target.patches(), logp) * weights).sum() / len(mask_BN)
+        scored = head.points(patches_MD), head.last_layer.directions()
+        return prototype_cross_entropy(*scored, target.patches, temperature, weights) / len(mask_BN)
 
     def _gram(self, anchor: ViT, batch: Batch, patches_BND: Tensor) -> Tensor:
         """All patch tokens of the student's crops, masked ones too (as DINOv3), against the unmasked anchor's."""
@@ -251,13 +252,18 @@ class DINOv2(Objective):
         return koleo.undivided(whole, target.share)
 
     def _koleos(
-        self, micro_batches: Sequence[Batch], counts: Sequence[int], seeds: Sequence[int], progress: Progress
+        self,
+        micro_batches: Sequence[Batch],
+        counts: Sequence[int],
+        seeds: Sequence[int],
+        masked: Sequence[Tensor],
+        progress: Progress,
     ) -> Sequence[koleo.Cached | None]:
         """KoLeo over the batch where no micro-batch sees all of this rank's: it takes a pass of its own."""
         if len(micro_batches) == 1 or not self._spreads_over_batch:
             return [None] * len(micro_batches)
         # With drop path the local crops must pass too, or the draws would differ from those of the loss's pass.
         local = self.config.drop_path > 0
-        passes = zip(micro_batches, seeds, strict=True)
-        tokens = [self._study(batch, seed, progress, local=local)[0] for batch, seed in passes]
+        passes = zip(micro_batches, seeds, masked, strict=True)
+        tokens = [self._study(batch, seed, progress, some, local=local)[0] for batch, seed, some in passes]
         return koleo.cache([part.cls_BD.unflatten(0, (2, -1)) for part in tokens], counts)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from explora.objectives.losses import widen
+from explora.objectives.prototypes import directions
 
 
 class Prototypes(nn.Module):
@@ -23,14 +24,14 @@ class Prototypes(nn.Module):
     """The methods other than `forward` through which it is entered from outside."""
 
     def directions(self) -> Tensor:
-        """(K, width)."""
+        """(K, width), in the precision of products."""
         return self._directions()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self._directions())
 
     def _directions(self) -> Tensor:
-        return self.weight_g * F.normalize(self.weight_v, dim=1)
+        return directions(self.weight_v, self.weight_g)
 
 
 class DINOHead(nn.Module):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from explora.config import Config
 from explora.distributed import all_reduce_sum
 from explora.errors import ConfigError
 from explora.models import ViT
+from explora.models.channels import by_group
 from explora.objectives.base import Batch, Objective, StepOutput, shares
 from explora.objectives.decoder import Decoder, DecoderConfig
 from explora.schedules import NOTHING, Length, LengthField, Progress
@@ -23,6 +26,8 @@ logger = logging.getLogger("explora")
 _FRESH_WARMUP = Length(10, "%")
 _LEAST_SEEN, _LEAST_HIDDEN = 4, 0.3
 """Fewer visible tokens say nothing of an image; with less hidden, a patch follows from the ones around it."""
+_EPS = 1e-6
+"""Added to the variance of a patch."""
 
 
 class MAEConfig(Config):
@@ -111,14 +116,15 @@ class MAE(Objective):
     def forward(self, batch: Batch, target: float, progress: Progress) -> StepOutput:
         """Squared error, the mean over each patch, then over the hidden patches (all images hide equally many)."""
         learns = torch.is_grad_enabled() and progress.over(self.head_warmup) >= 1
-        predictions, hidden = self._predict(batch, learns)
+        keep, hidden = self._split(batch)
+        places = by_group(hidden, self.backbone.groups, prod(self._grid(batch["image"])))
+        predictions = self._predict(batch["image"], keep, learns, places)
         errors, guesses = [], []
-        for predicted, patches in zip(predictions, self.decoder.patches(batch["image"]), strict=True):
-            wanted = (patches - _mean(patches)) / _deviation(patches) if self.config.norm_pixels else patches
-            errors.append((predicted.to(wanted.dtype) - wanted).square().mean(-1))
+        for predicted, patches in zip(predictions, self.decoder.patches(batch["image"], places), strict=True):
+            wanted = _normalised(patches) if self.config.norm_pixels else patches
+            errors.append(F.mse_loss(predicted.to(wanted.dtype), wanted, reduction="none").mean(-1))
             guesses.append((wanted - _mean(wanted)).square().mean(-1))
-        loss = torch.cat(errors, 1).gather(1, hidden).mean()
-        guess = torch.cat(guesses, 1).gather(1, hidden).mean()
+        loss, guess = torch.cat(errors).mean(), torch.cat(guesses).mean()
         self._errors.append((loss.detach() * target, guess * target))
         return StepOutput(loss * target, {"reconstruction": loss.detach() * target})
 
@@ -143,7 +149,8 @@ class MAE(Objective):
         """
         images, training = batch["image"], self.training
         self.eval()
-        predictions, hidden = self._predict(batch, learns=False)
+        keep, hidden = self._split(batch)
+        predictions = self._predict(images, keep, learns=False)
         self.train(training)
         hides = torch.zeros_like(batch["noise"], dtype=torch.bool).scatter(1, hidden, True)
         named: dict[str, list[Tensor]] = {"masked": [], "reconstruction": [], "blind": []}
@@ -164,19 +171,23 @@ class MAE(Objective):
         order = noise.argsort(1)
         return order[:, :kept], order[:, kept:]
 
-    def _predict(self, batch: Batch, learns: bool) -> tuple[list[Tensor], Tensor]:
-        """The decoder's predictions, and which tokens were hidden from the encoder."""
-        images, noise = batch["image"], batch["noise"]
-        grid = self._grid(images)
-        if noise.shape[1] != self.backbone.groups * grid[0] * grid[1]:
+    def _split(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `split`; refuses noise for another number of tokens than the images have."""
+        grid, groups = self._grid(batch["image"]), self.backbone.groups
+        if batch["noise"].shape[1] != groups * prod(grid):
             raise ConfigError(
-                f"views: noise for {noise.shape[1]} tokens, but the model makes {self.backbone.groups} x {grid[0]} x "
+                f"views: noise for {batch['noise'].shape[1]} tokens, but the model makes {groups} x {grid[0]} x "
                 f"{grid[1]} of an image; leave views.groups and views.patch_size out"
             )
-        keep, hidden = self.split(noise)
+        return self.split(batch["noise"])
+
+    def _predict(
+        self, images: Tensor, keep: Tensor, learns: bool, places: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """The decoder's predictions from the visible tokens, of all patches or of some."""
         with torch.set_grad_enabled(learns):
             tokens = self.backbone.visible(images, keep)
-        return self.decoder(tokens, keep, grid), hidden
+        return self.decoder(tokens, keep, self._grid(images), places)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]
@@ -202,9 +213,16 @@ def _leave_out_mask_token(backbone: ViT) -> None:
     backbone.mask_token.requires_grad_(False)
 
 
+def _normalised(patches_RP: Tensor) -> Tensor:
+    """(x - mean) / deviation, in one pass: a LayerNorm, but for its variance, which is divided by P, not P - 1."""
+    pixels = patches_RP.shape[-1]
+    biased = 1 - 1 / pixels
+    return F.layer_norm(patches_RP, (pixels,), patches_RP.new_full((pixels,), biased**0.5), None, _EPS * biased)
+
+
 def _mean(patches_BNP: Tensor) -> Tensor:
     return patches_BNP.mean(-1, keepdim=True)
 
 
 def _deviation(patches_BNP: Tensor) -> Tensor:
-    return (patches_BNP.var(-1, keepdim=True) + 1e-6).sqrt()
+    return (patches_BNP.var(-1, keepdim=True) + _EPS).sqrt()

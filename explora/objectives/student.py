@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from explora.models import Tokens, ViT
 from explora.objectives.base import Batch
@@ -31,12 +32,19 @@ class Student(nn.Module):
         # Outside the backbone, so that neither the teacher's nor an exported model ever holds it.
         self.local_norm = copy.deepcopy(backbone.norm).requires_grad_() if config.untie_local_norm else None
 
-    def encode(self, batch: Batch, *, local: bool = True) -> list[Tokens]:
-        """Tokens of the masked global crops (2 B images) and of the local ones (L B), in one pass."""
+    def encode(self, batch: Batch, patches: Tensor | None, *, local: bool = True) -> list[Tokens]:
+        """Tokens of the masked global crops (2 B images) and of the local ones (L B), in one pass.
+
+        Args:
+            patches: which patch tokens of the global crops are wanted, (M,) among all; None: every one. Of local
+                crops only class tokens are.
+        """
         crops, mask = batch["global"].flatten(0, 1), batch["mask"].flatten(0, 1)
         if not local or not len(batch["local"]):
-            return self.backbone([crops], [mask])
-        return self.backbone([crops, batch["local"].flatten(0, 1)], [mask, None], [None, self.local_norm])
+            return self.backbone([crops], [mask], None, [patches])
+        none = torch.empty(0, dtype=torch.int64, device=mask.device)
+        views = [crops, batch["local"].flatten(0, 1)]
+        return self.backbone(views, [mask, None], [None, self.local_norm], [patches, none])
 
     @property
     def patch_head(self) -> DINOHead:
