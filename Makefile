@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # A process a core, and each file of tests in one process: what a file makes once is made once.
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: demo test test-slurm check format demo-source clean
+.PHONY: demo test test-slurm check format bench demo-source clean
 
 demo: $(STAMP)
 	$(BIN)/explora demo
@@ -28,6 +28,19 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Ours beside others, on one thread: about an hour. Each file of benchmarks/ says what it measures, and runs alone.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --memory
+	$(BIN)/python benchmarks/profiling.py
+	$(BIN)/python benchmarks/mae.py
+	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/optimizer.py
+	$(BIN)/python benchmarks/accumulation.py
+	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/probe.py
+	$(BIN)/python benchmarks/probe_schedule.py
 
 # Remakes explora/demo/source.safetensors, the small model the demo starts from.
 demo-source: $(STAMP)

@@ -10,13 +10,12 @@ code really does (never, 9 in 10, 1 in 2) and, to be fair to it, once more with 
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import random
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import explora.models  # noqa: F401  first, so that torchvision can be imported beside a CPU-only torch
@@ -27,6 +26,7 @@ import torch
 import webdataset
 from PIL import Image, ImageFilter
 from PIL import __version__ as pillow
+from timing import in_turns, ratio, steady
 from torchvision import transforms
 
 from data_shards import eurosat
@@ -110,23 +110,6 @@ def packed(blobs: Sequence[bytes], copies: int, root: Path) -> ShardSet:
     return ShardSet.open(root / "shards")
 
 
-def in_turns(rounds: int, **sides: Callable[[], object]) -> dict[str, np.ndarray]:
-    """CPU seconds of each side in each round; one round before them warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, side in sides.items():
-            start = time.process_time()
-            side()
-            taken[name].append(time.process_time() - start)
-    return {name: np.array(seconds[1:]) for name, seconds in taken.items()}
-
-
-def ratio(slow: np.ndarray, fast: np.ndarray) -> str:
-    """How many times as fast: the median, and the quartiles."""
-    low, middle, high = np.percentile(slow / fast, [25, 50, 75])
-    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
-
-
 def raw(root: Path, blobs: Sequence[bytes]) -> None:
     """Stored bytes and label of each image in a shuffled order, nothing decoded."""
     shards = packed(blobs, RAW // len(blobs), root)
@@ -144,7 +127,8 @@ def raw(root: Path, blobs: Sequence[bytes]) -> None:
         seen = sum(len(sample["jpg"]) > 0 for sample in (dataset.shuffle(buffer) if buffer else dataset))
         assert seen == n
 
-    taken = in_turns(RAW_ROUNDS, ours=ours, plain=lambda: theirs(0), s1=lambda: theirs(1000), s5=lambda: theirs(5000))
+    buffers = {"plain": 0, "s1": 1000, "s5": 5000}
+    taken = in_turns(RAW_ROUNDS, {"ours": ours, **{name: partial(theirs, size) for name, size in buffers.items()}})
     print(f"\nReading {n:,} stored JPEGs of {np.mean([len(b) for b in blobs]):,.0f} bytes, warm, nothing decoded\n")
     print("| reader | images/s | ours is faster by |\n|---|---|---|")
     print(f"| ours, shuffled in blocks | {n / np.median(taken['ours']):,.0f} | - |")
@@ -173,13 +157,9 @@ def crops(root: Path, images: Sequence[Image.Image]) -> None:
     for side in (64, 500):
         blobs = jpegs(images, side)
         shards = packed(blobs, 1, root / str(side))
-        sides: dict[str, Callable[[], object]] = {
-            name: functools.partial(each, recipe, blobs) for name, recipe in theirs.items()
-        }
-        ours = {
-            name: functools.partial(work, shards, VIEWS, finish) for name, finish in (("bare", False), ("done", True))
-        }
-        taken = in_turns(ROUNDS, **sides, **ours)
+        sides: dict[str, Callable[[], object]] = {name: partial(each, recipe, blobs) for name, recipe in theirs.items()}
+        ours = {name: partial(work, shards, VIEWS, finish) for name, finish in (("bare", False), ("done", True))}
+        taken = in_turns(ROUNDS, sides | ours)
         speed = {name: f"{len(blobs) / np.median(seconds):.0f}" for name, seconds in taken.items()}
         cells = [f"{side} px, {np.mean([len(b) for b in blobs]) / 1000:.1f} kB", speed["official"], speed["pil"]]
         for name in ours:
@@ -201,10 +181,8 @@ def large(images: Sequence[Image.Image]) -> None:
     for side in (1024, 2048):
         blobs = jpegs(images[:8], side)
 
-        made = {
-            name: functools.partial(sampled, blobs, views) for name, views in (("whole", VIEWS), ("scaled", scaled))
-        }
-        taken = in_turns(ROUNDS, **made)
+        made = {name: partial(sampled, blobs, views) for name, views in (("whole", VIEWS), ("scaled", scaled))}
+        taken = in_turns(ROUNDS, made)
         speed = {name: f"{len(blobs) / np.median(seconds):.0f}" for name, seconds in taken.items()}
         pairs = zip(made["whole"](), made["scaled"](), strict=True)
         apart = torch.cat([(one["global"].int() - other["global"].int()).abs().flatten() for one, other in pairs])
@@ -258,7 +236,7 @@ def multispectral(root: Path) -> None:
     wide = Scaling(unit=shards.pixels.unit, low=(0.0,) * len(names), high=(0.4,) * len(names))
     flat = {"mean": (0.5,) * len(names), "std": (0.25,) * len(names)}
     views = VIEWS.model_copy(update={"bands": names, "scaling": wide, **flat})
-    taken = in_turns(3, worker=lambda: work(shards, views, False), both=lambda: work(shards, views, True))
+    taken = in_turns(3, {name: partial(work, shards, views, name == "both") for name in ("worker", "both")})
     speed = {name: len(shards) / np.median(seconds) for name, seconds in taken.items()}
     print(f"\n{len(shards)} tifs of EuroSAT, 64 px, {len(names)} bands of uint16, to 2 x 224 + 8 x 98: ", end="")
     print(f"worker {speed['worker']:.0f} images/s of one core, finished too {speed['both']:.0f}")
@@ -270,7 +248,6 @@ def shared() -> Path:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
     said, images = pictures()
@@ -285,4 +262,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    steady()
     main()

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from timing import in_turns, ratio
 from torch import nn
 
 from explora.evaluation import KNN, Evaluator, Features, Linear, LogisticRegression, split
@@ -63,15 +64,15 @@ def separate_heads(linear: Linear, features: Features, classes: int) -> None:
         schedule.step()
 
 
-def ratios(features: Features, classes: int) -> np.ndarray:
-    """CPU time of separate heads by that of the grid, (ROUNDS,), a few steps of each in turns on the same images."""
+def faster(features: Features, classes: int) -> str:
+    """By how much the grid is faster than heads apart: a few steps of each in turns on the same images."""
     linear, known = Linear(steps=STEPS), torch.arange(classes)
-    sides = (
-        lambda: separate_heads(linear, features, classes),
-        lambda: linear.fit_cached(features, known, linear.inputs(BLOCKS), linear.rates),
-    )
-    taken = np.array([[seconds(side)[1] for side in sides] for _ in range(ROUNDS + 1)])[1:]
-    return taken[:, 0] / taken[:, 1]
+    sides: dict[str, Callable[[], object]] = {
+        "apart": lambda: separate_heads(linear, features, classes),
+        "grid": lambda: linear.fit_cached(features, known, linear.inputs(BLOCKS), linear.rates),
+    }
+    taken = in_turns(ROUNDS, sides)
+    return ratio(taken["apart"], taken["grid"])
 
 
 def judge(classes: int) -> None:
@@ -81,9 +82,9 @@ def judge(classes: int) -> None:
     parts = everything.take(learn), everything.take(validate), test
     del everything
     few = parts[0].take(torch.arange(QUERIES))
-    low, middle, high = np.percentile(ratios(few, classes), [25, 50, 75])
+    gain = faster(few, classes)
     print(f"{IMAGES:,} images, {classes} classes, {THREADS} threads", flush=True)
-    print(f"52 heads apart / as a grid   x {middle:.1f} [{low:.1f}, {high:.1f}] of CPU time", flush=True)
+    print(f"52 heads apart / as a grid   x {gain} of CPU time", flush=True)
     total = np.zeros(2)
     evaluators: tuple[Evaluator, ...] = (Linear(), LogisticRegression(), KNN())
     for evaluator in evaluators:

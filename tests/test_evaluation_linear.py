@@ -75,8 +75,8 @@ def agree(fits: list[Heads], batches: list[Features]) -> None:
         own = [(batch.matrix(blocks, avgpool), batch.labels) for batch in batches]
         for rate, weight, bias in zip(rates, weights, biases, strict=True):
             head = plain_head(own, rate)
-            torch.testing.assert_close(weight, head.weight.detach(), rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(bias, head.bias.detach(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(weight, head.weight.detach(), rtol=0, atol=1e-6)
+            torch.testing.assert_close(bias, head.bias.detach(), rtol=0, atol=1e-6)
 
 
 def test_batched_heads_equal_plain_sgd_per_head(three: tuple[Features, ...]) -> None:
