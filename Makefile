@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # A process a core, and each file of tests in one process: what a file makes once is made once.
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: demo test test-slurm check format bench demo-source clean
+.PHONY: demo test test-slurm check format bench bench-gpu demo-source clean
 
 demo: $(STAMP)
 	$(BIN)/explora demo
@@ -41,6 +41,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/probe_schedule.py
+
+# The training step on one GPU. Where there is none: .venv/bin/python benchmarks/gpu.py --device cpu --tiny
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 # Remakes explora/demo/source.safetensors, the small model the demo starts from.
 demo-source: $(STAMP)

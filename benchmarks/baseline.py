@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
+from explora.models.attention import Group, attend
 from explora.models.vit import ViT, timm
 from explora.objectives import DINOv2
 from explora.objectives.student import Student
@@ -116,6 +117,8 @@ def _split(x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 def _attention(attn: Any, x: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
     heads = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+    if x.is_cuda:  # the kernel that ours takes: xformers', as the official code does, where it is installed
+        return attn.proj(attend(heads.flatten(0, 1), [Group(*shape) for shape in shapes]).reshape(x.shape))
     found = []
     for part in _split(heads, shapes):
         q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)
@@ -163,7 +166,7 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
 
 def dino_loss(students: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Cross-entropy of every student crop with every target, summed over pairs, the mean over images."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=students[0].device)
     for logits in students:
         logp = F.log_softmax(logits / STUDENT_TEMPERATURE, -1)
         for target in targets:
@@ -180,7 +183,7 @@ def ibot_loss(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
 def koleo_loss(features: Tensor) -> Tensor:
     """Mean of -log distance to the nearest neighbour on the sphere."""
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(features, eps=1e-8, p=2, dim=-1)
         dots = torch.mm(unit, unit.t())
         dots.view(-1)[:: len(unit) + 1].fill_(-1)
@@ -213,7 +216,7 @@ class Official(nn.Module):
         """The loss and its parts, each as ours reports it."""
         crops, mask = batch["global"].flatten(0, 1), batch["mask"].flatten(0, 1)
         masked = mask.flatten().nonzero().flatten()
-        classes, patches = self._teach(crops, masked, temperature)
+        classes, patches = self.teach(crops, masked, temperature)
         local, count = batch["local"].flatten(0, 1), len(batch["local"])
         seen, seen_local = self.student["backbone"]([crops, local], [mask, None])
         logits_patches = self.student["ibot_head"](self._padded(seen[:, 1:], masked))[: len(masked)]
@@ -235,20 +238,28 @@ class Official(nn.Module):
 
     def step(self, batch: Batch, schedule: Schedule, dtype: torch.dtype = torch.float32) -> dict[str, float]:
         """One step of training in fp32, or under autocast to `dtype`; what `losses` gives, as numbers."""
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast(batch["global"].device.type, dtype, enabled=dtype != torch.float32):
             parts = self.losses(batch, schedule.temperature)
         parts["loss"].backward()
+        self.optimise(schedule)
+        self.follow(schedule.momentum)
+        return {name: part.item() for name, part in parts.items()}
+
+    def optimise(self, schedule: Schedule) -> None:
+        """Clip, and let AdamW move the student; gradients are cleared."""
         self.clip()
         for group in self.adamw.param_groups:
             group["lr"] = schedule.last_layer_lr if group["last"] else schedule.lr
             group["weight_decay"] = schedule.weight_decay if group["decays"] else 0.0
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)  # the official code does so before the next step
-        with torch.no_grad():
-            teachers, students = (tuple(part.parameters()) for part in (self.teacher, self.student))
-            torch._foreach_mul_(teachers, schedule.momentum)
-            torch._foreach_add_(teachers, students, alpha=1 - schedule.momentum)
-        return {name: part.item() for name, part in parts.items()}
+
+    @torch.no_grad()
+    def follow(self, momentum: float) -> None:
+        """Move the teacher towards the student."""
+        teachers, students = (tuple(part.parameters()) for part in (self.teacher, self.student))
+        torch._foreach_mul_(teachers, momentum)
+        torch._foreach_add_(teachers, students, alpha=1 - momentum)
 
     def clip(self) -> None:
         """Limit the gradient's norm, of backbone and heads each by itself."""
@@ -256,7 +267,7 @@ class Official(nn.Module):
             nn.utils.clip_grad_norm_(part.parameters(), CLIP)
 
     @torch.no_grad()
-    def _teach(self, crops: Tensor, masked: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def teach(self, crops: Tensor, masked: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Targets of class tokens (2, B, K), each crop's at the other's place, and of masked patches (M, K)."""
         tokens = self.teacher["backbone"]([crops], [None])[0]
         one, other = tokens[:, 0].chunk(2)

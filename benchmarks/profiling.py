@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from step import CPU, SETTINGS, Ours, Precision, Recompute
+from step import SETTINGS, Ours, Precision, Recompute
 from timing import gemm_peak, steady
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -79,7 +79,7 @@ class Profiled:
         """Seconds by part of one step of training."""
         ours, clock = self.ours, self.clock
         clock.seconds.clear()
-        with autocast(CPU, ours.precision):
+        with autocast(ours.device, ours.precision):
             with clock.part("teacher heads and targets"):
                 (target,) = ours.objective.targets([batch], ours.progress)
             with clock.part("student heads and losses, forward"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -39,6 +39,10 @@ CPU = torch.device("cpu")
 PATCH, RANK = 14, 64
 REACHED = 333 / 357
 """Official masks stop at the first rectangle that finds no place: so much of their upper bound."""
+APART = {"fp32": 1e-4, "bf16": 1e-2}
+"""How far losses of the same step may be from each other, relatively."""
+SCHEDULE = Schedule(temperature=0.07, momentum=0.996, lr=5e-4, last_layer_lr=5e-4, weight_decay=0.04)
+"""The baseline's; no number of it costs time."""
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "full"]
 Step = Callable[[], dict[str, float]]
@@ -103,18 +107,25 @@ SETTINGS = {
 class Ours:
     """Our step, put together as `explora pretrain` does."""
 
-    def __init__(self, setting: Setting, precision: Precision, recompute: Recompute = "none") -> None:
-        self.progress, self.precision = setting.progress, precision
+    def __init__(
+        self,
+        setting: Setting,
+        precision: Precision,
+        recompute: Recompute = "none",
+        device: torch.device = CPU,
+        compile: bool = False,
+    ) -> None:
+        self.progress, self.precision, self.device = setting.progress, precision, device
         section = setting.section()
         self.objective = objective(setting)
         plan = Plan("none", "trainable", "there is one rank")
         roots, units = self.objective.roots, self.objective.units
-        self.parallel = Parallel(self.objective, roots, units, plan, CPU, precision, recompute)
+        self.parallel = Parallel(self.objective, roots, units, plan, device, precision, recompute, compile)
         self.optimizer = Optimizer(section.optim, self.objective, section.batch_size)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The loss and its parts."""
-        with autocast(CPU, self.precision):
+        with autocast(self.device, self.precision):
             (target,) = self.objective.targets([batch], self.progress)
             output = self.parallel(batch, target, self.progress)
         return {"loss": output.loss, **output.parts}
@@ -142,10 +153,9 @@ def objective(setting: Setting) -> DINOv2:
 
 
 def official(setting: Setting, tune: Tune, precision: Precision, batch: Batch, bound: int) -> Step:
-    """The baseline's step; no number of its schedules costs time."""
-    schedule = Schedule(temperature=0.07, momentum=0.996, lr=5e-4, last_layer_lr=5e-4, weight_decay=0.04)
+    """The baseline's step."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return partial(Official(objective(setting), tune, bound).step, batch, schedule, dtype)
+    return partial(Official(objective(setting), tune, bound).step, batch, SCHEDULE, dtype)
 
 
 SIDES: dict[str, Callable[[Setting, Batch, int], Step]] = {
@@ -170,14 +180,11 @@ def alone(key: str, name: str) -> Step:
     return SIDES[name](setting, *setting.data())
 
 
-def agree(taken: dict[str, dict[str, float]]) -> None:
-    """Print how far the losses of all sides are from the official ones, and stop where they are others."""
-    expected = taken["official fp32"]
-    for kind, bound in (("fp32", 1e-4), ("bf16", 1e-2)):
-        ends = [parts for name, parts in taken.items() if kind in name]
-        apart = max(abs(parts[key] / value - 1) for parts in ends for key, value in expected.items())
-        assert apart < bound, f"the sides compute other losses in {kind}: {apart:.1e} apart; {taken}"
-        print(f"losses in {kind} are at most {apart:.1e} apart, relatively")
+def agree(kind: Precision, expected: dict[str, float], found: Iterable[dict[str, float]]) -> None:
+    """Print how far losses computed in `kind` are from the official ones, and stop where they are others."""
+    apart = max(abs(parts[key] / value - 1) for parts in found for key, value in expected.items())
+    assert apart < APART[kind], f"the sides compute other losses in {kind}: {apart:.1e} apart; {expected} is expected"
+    print(f"losses in {kind} are at most {apart:.1e} apart, relatively")
 
 
 def times(key: str) -> None:
@@ -185,7 +192,10 @@ def times(key: str) -> None:
     setting = SETTINGS[key]
     data = setting.data()
     steps = {name: made(setting, *data) for name, made in SIDES.items()}
-    agree({name: step() for name, step in steps.items()})  # which warms them up, too
+    first = {name: step() for name, step in steps.items()}  # which warms them up, too
+    kinds: tuple[Precision, ...] = ("fp32", "bf16")
+    for kind in kinds:
+        agree(kind, first["official fp32"], [parts for name, parts in first.items() if kind in name])
     taken = in_turns(setting.rounds, steps, warm_up=0)
     peak = gemm_peak(torch.bfloat16)
     print(f"one core reaches {peak:.0f} GFLOP/s in bf16 products, {gemm_peak(torch.float32):.0f} in fp32\n")

@@ -43,6 +43,16 @@ def test_in_fp64_only_rounding_is_left_between_them(sizes, centering):
     assert totals == pytest.approx(whole, rel=1e-10)
 
 
+@pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
+def test_micro_batches_work_in_bf16(centering):
+    made, batch = objective(batch=8, centering=centering, **EVERYTHING), views(images=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, whole = run(made, [batch], at(4))
+        gradients, totals = run(made, split(batch, [4, 4]), at(4))
+    assert_same(gradients, expected, 0.05)
+    assert totals["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+
+
 class LargestRows(TorchDispatchMode):
     """The most rows of K numbers that any tensor had which came into being."""
 

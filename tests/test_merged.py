@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from explora.adapt import LoRA, adapt
 from explora.adapt.lora import LoRALinear
 from explora.adapt.merged import Parts, merged_linear
 from explora.adapt.places import Place
-from explora.distributed.parallel import Parallel
+from explora.distributed.parallel import Parallel, _kept
 from explora.distributed.plan import Plan
 from explora.models import build
 from explora.objectives import DINOv2, DINOv2Config
@@ -100,3 +102,24 @@ def test_where_the_base_learns_too_it_gets_its_gradient():
     assert_close(weight, 2 * made(x).detach().T @ x)
     with torch.no_grad():
         assert_close(made(x), made.merged()(x))
+
+
+class Made(TorchDispatchMode):
+    """Shapes of what operators make of which recomputation would keep the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and _kept(None, func) == CheckpointPolicy.MUST_SAVE:
+            self.kept.add(made.shape)
+        return made
+
+
+def test_selective_recomputation_keeps_no_sum():
+    x, weight, bias, a, b = factors(QV)
+    with Made() as made:
+        merged_linear(x.flatten(0, 1), weight, bias, a, b, QV)
+    assert made.kept == {torch.Size([10, 12])}

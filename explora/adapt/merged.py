@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -22,9 +23,10 @@ class Parts(NamedTuple):
 def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, parts: Parts) -> Tensor:
     """x (W + s B A)^T + bias, where W and the bias learn nothing: (..., in) to (..., out).
 
-    The sum is made in the weight's own format, then cast once, so that a change far below the spacing of bf16 still
-    moves the rounding of some elements: terms that are small at first do not vanish. Nothing of the size of W is kept
-    for the backward pass, which makes the sum again; beside A and B only x is.
+    The sum is made in fp32, then cast once, so that a change far below the spacing of bf16 still moves the rounding of
+    some elements, and on average arrives whole, if with more noise. Where the source's own values are those of bf16,
+    changes below half its spacing are lost, as they are when the terms' output is added to a rounded one. Nothing of
+    the size of W is kept for the backward pass, which makes the sum again; beside A and B only x is.
 
     Args:
         weight: (out, in).
@@ -46,11 +48,12 @@ class _MergedLinear(torch.autograd.Function):
         return F.linear(x, _sum(weight, a, b, parts, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
         parts: Parts = ctx.parts
         dx = gradient @ _sum(weight, a, b, parts, x.dtype) if ctx.needs_input_grad[0] else None
-        x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        x, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         low = F.linear(x, a.to(x.dtype)).chunk(len(parts.numbers), 1)
         pieces = [gradient.chunk(parts.pieces, 1)[number] for number in parts.numbers]
         db = torch.stack([piece.T @ part for piece, part in zip(pieces, low, strict=True)])
@@ -60,10 +63,14 @@ class _MergedLinear(torch.autograd.Function):
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
-    """W + s B A (out, in), summed in W's format."""
+    """W + s B A (out, in), summed in the format of B."""
     with torch.autocast(weight.device.type, enabled=False):
         whole = torch.empty_like(weight, dtype=dtype)
         low = dict(zip(parts.numbers, zip(b, a.chunk(len(parts.numbers)), strict=True), strict=True))
         for number, (into, piece) in enumerate(zip(whole.chunk(parts.pieces), weight.chunk(parts.pieces), strict=True)):
-            into.copy_(torch.addmm(piece, *low[number], alpha=parts.scale) if number in low else piece)
+            if number in low:
+                up, down = low[number]
+                # Batched, of one: selective recomputation keeps what plain products give, and this is cheap to repeat.
+                piece = torch.baddbmm(piece[None].to(up.dtype), up[None], down[None], alpha=parts.scale)[0]
+            into.copy_(piece)
         return whole

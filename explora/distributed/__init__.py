@@ -3,6 +3,7 @@
 from explora.distributed.device import Precision, autocast, device_of, precision_on
 from explora.distributed.parallel import Parallel, gathered
 from explora.distributed.plan import Plan, Sizes, choose
+from explora.distributed.shards import summed
 from explora.distributed.world import (
     all_reduce_max,
     all_reduce_sum,
@@ -46,4 +47,5 @@ __all__ = [
     "precision_on",
     "rank",
     "size",
+    "summed",
 ]

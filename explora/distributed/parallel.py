@@ -18,7 +18,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from explora.distributed.device import keep_freed_memory
@@ -47,8 +46,9 @@ class Parallel:
         roots: modules that are called on their own; between them they hold all parameters. A class names methods
             other than `forward` through which it is entered in `entries`.
         units: the blocks inside the roots, which may name `entries` as well.
-        precision: under bf16 the frozen weights of matrix products are stored so, and those of blocks that learn are
-            gathered so, which changes no bit under autocast; gradients are summed in fp32.
+        precision: under bf16 the frozen weights of matrix products are stored so, but for those to which something is
+            added before (`summed`), and those of blocks that learn are gathered so, which changes no bit under
+            autocast; gradients are summed in fp32.
         activation_checkpointing: what the backward pass computes again: nothing, all but products and attention
             (`selective`), or the whole block (`full`).
     """
@@ -141,13 +141,13 @@ def _recompute(unit: nn.Module, how: Recompute) -> None:
         return
     # Attributes of the instance, because a module around it would come between parameters and their names.
     for entry in ("forward", *getattr(unit, "entries", ())):
-        setattr(unit, entry, _again(getattr(unit, entry), _contexts if how == "selective" else noop_context_fn))
+        setattr(unit, entry, _again(getattr(unit, entry), {"context_fn": _contexts} if how == "selective" else {}))
 
 
-def _again(entry: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
+def _again(entry: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
     # A function of ours, because the compiler looks into no other.
     def again(*args: Any, **named: Any) -> Any:
-        return checkpoint(entry, *args, use_reentrant=False, context_fn=contexts, **named)
+        return checkpoint(entry, *args, use_reentrant=False, **settings, **named)
 
     return again
 

@@ -82,8 +82,8 @@ def _groups(
     """What is gathered together.
 
     The matrices of a block are a group where they are most of it: in the format of products, as autocast would make
-    them; those to which something is added before, each by itself and as they are. All other things of a root share
-    one group, which is small, for the latency of many collectives would cost more than they move: norms, scales and
+    them, or as they are stored where something is added to one of them before. All other things of a root share one
+    group, which is small, for the latency of many collectives would cost more than they move: norms, scales and
     low-rank factors, exactly as they are. A root comes before its blocks, or FSDP2 would leave it nothing of them.
     """
     blocks, groups = set(units), []
@@ -94,10 +94,8 @@ def _groups(
         for unit in (module for module in root.modules() if module in blocks):
             own = list(dict.fromkeys(p for p in products(unit) if p in left))
             if 2 * _elements(own) > _elements(unit.parameters()):
-                dtype = torch.bfloat16 if precision == "bf16" else None
-                sums = {p: layer for layer in summed(unit) for p in own if p is layer.weight and dtype}
-                matrices.append(_Group(unit, [p for p in own if p not in sums], dtype, passes))
-                matrices += [_Group(layer, [weight], None, passes) for weight, layer in sums.items()]
+                narrows = precision == "bf16" and not any(True for _ in summed(unit))
+                matrices.append(_Group(unit, own, torch.bfloat16 if narrows else None, passes))
                 for p in own:
                     del left[p]
         if left or matrices:

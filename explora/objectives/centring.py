@@ -101,9 +101,8 @@ def sinkhorn(parts: Sequence[Rows], temperature: float, iterations: int = ITERAT
 @torch.no_grad()
 def balanced(points: Sequence[Tensor], prototypes_KC: Tensor, temperature: float) -> list[Targets]:
     """The targets that `sinkhorn` gives each part of points (N, C) on the sphere; those of a single part are kept."""
-    parts = [partial(F.linear, part, prototypes_KC) for part in points]
-    if len(parts) > 1:
-        shift = sinkhorn(parts, temperature)
+    if len(points) > 1:
+        shift = sinkhorn(_products(points, prototypes_KC), temperature)
         return shifted(points, prototypes_KC, temperature, shift)
     kernel, first, mass = _first_scaled(points[0], prototypes_KC, temperature)
     scale = first * _rescaled(first * mass)  # `first` is this rank's own; what ranks agree on comes on top of it
@@ -115,7 +114,7 @@ def balanced(points: Sequence[Tensor], prototypes_KC: Tensor, temperature: float
 @torch.no_grad()
 def shifted(points: Sequence[Tensor], prototypes_KC: Tensor, temperature: float, shift_K: Tensor) -> list[Targets]:
     """The targets under this shift of each part of points (N, C) on the sphere; those of a single part are kept."""
-    parts = [partial(F.linear, part, prototypes_KC) for part in points]
+    parts = _products(points, prototypes_KC)
     if len(parts) == 1:
         return [Targets(Kernel(_whole(parts[0](), temperature, shift_K)))]
     return [Targets(Kernel(partial(_exponentials, logits, temperature, shift_K))) for logits in parts]
@@ -131,6 +130,12 @@ def mean_logits(points: Sequence[Tensor], prototypes_KC: Tensor, otherwise_K: Te
     rows = all_reduce_sum(total.new_full((), sum(len(part) for part in points)))
     with torch.autocast(total.device.type, enabled=False):
         return torch.where(rows > 0, F.linear(total / rows, widen(prototypes_KC)), otherwise_K)
+
+
+def _products(points: Sequence[Tensor], prototypes_KC: Tensor) -> list[Rows]:
+    """The logits of each part, in what products are computed in here, wherever they are asked for."""
+    dtype = product_dtype(prototypes_KC)
+    return [partial(F.linear, part.to(dtype), prototypes_KC.to(dtype)) for part in points]
 
 
 def _first_scaled(points_NC: Tensor, prototypes_KC: Tensor, temperature: float) -> tuple[Kernel, Tensor, Tensor]:

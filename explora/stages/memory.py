@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from explora.data import MultiCrop
-from explora.distributed import Sizes
+from explora.distributed import Sizes, summed
 from explora.objectives import MAE, DINOv2, Objective
 from explora.stages.fitting import fit_views
 from explora.stages.section import TrainingSection
@@ -15,8 +15,9 @@ def sizes(objective: Objective, section: TrainingSection, precision: str) -> Siz
     """Bytes on one rank when nothing is sharded.
 
     What learns: fp32 weights with any teacher's, two moments and gradients. What is frozen: matrices in the format
-    of products, the rest in fp32. Per token and block about 19 values of the width stay for the backward pass, half
-    of them in bf16; activation checkpointing keeps 1 or, where it is selective, 8.
+    of products but for those with low-rank terms, which are fp32 as the rest is. Per token and block about 19 values
+    of the width stay for the backward pass, half of them in bf16; activation checkpointing keeps 1 or, where it is
+    selective, 8.
     """
     learns = {id(p) for p in objective.parameters() if p.requires_grad}
     base = {id(tensor) for tensor in objective.frozen().values()}
@@ -31,7 +32,9 @@ def sizes(objective: Objective, section: TrainingSection, precision: str) -> Siz
     if isinstance(objective, DINOv2) and isinstance(views, MultiCrop):
         values += objective.prototypes * _rows(views, images) * 4 * 4
     bases = sum(any(id(p) in base for p in root.parameters()) for root in objective.roots)
-    return Sizes(frozen * (2 if precision == "bf16" else 4), 4 * held + 12 * trained, round(values), bases)
+    wide = {id(layer.weight): layer.weight.numel() for layer in summed(objective) if id(layer.weight) in base}
+    stored = 2 * (frozen + sum(wide.values())) if precision == "bf16" else 4 * frozen
+    return Sizes(stored, 4 * held + 12 * trained, round(values), bases)
 
 
 def memory_of(device: torch.device) -> int | None:
