@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from beside import benchmark
 from tiny_dinov2 import HEAD, at, run, views, wander
 
 from explora.adapt import ExPLoRA, Full, Method, adapt
@@ -18,12 +16,7 @@ from explora.models import build
 from explora.objectives import DINOv2, DINOv2Config
 from explora.schedules import Length, Progress, cosine, linear
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "baseline.py"
-SPEC = importlib.util.spec_from_file_location("baseline", PATH)
-assert SPEC is not None
-assert SPEC.loader is not None
-baseline = sys.modules["baseline"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(baseline)
+baseline = benchmark("baseline")
 
 TINY = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "init_values": 0.5}
 PARTS = ("loss", "dino_local", "dino_global", "ibot", "koleo")

@@ -48,7 +48,7 @@ def sinkhorn(logits_NK: Tensor, temperature: float, iterations: int = 3, sizes: 
     """Ours, of rows in parts of these sizes."""
     parts = [part.clone for part in logits_NK.split(list(sizes or [len(logits_NK)]))]
     shift = centring.sinkhorn(parts, temperature, iterations)
-    return torch.cat([centring.targets(part, temperature, shift) for part in parts])
+    return torch.cat([centring.targets(part, temperature, shift)() for part in parts])
 
 
 def mean_logits(points: Tensor, otherwise: Tensor) -> Tensor:
@@ -108,20 +108,20 @@ def test_sinkhorn_in_parts_is_that_of_the_whole(sizes, iterations, scale):
     assert_close(wide, expected, atol=1e-11, rtol=0)
 
 
-def test_rows_are_made_anew_in_each_pass_unless_there_is_one_part():
+def test_rows_are_made_anew_in_each_pass():
     logits, made = torch.rand(6, 4), []
 
     def rows() -> Tensor:
         made.append(1)
         return logits
 
-    centring.sinkhorn([rows], 0.05)
-    assert len(made) == 2  # the first sums, the kernel
-    centring.sinkhorn([rows, rows], 0.05)
-    assert len(made) == 2 + 3 * 2
-    once = centring.kept(rows, keep=True)
-    assert once() is once()
-    assert len(made) == 2 + 3 * 2 + 1
+    shift = centring.sinkhorn([rows, rows], 0.05)
+    assert len(made) == 3 * 2
+    targets = centring.targets(rows, 0.05, shift)
+    assert targets() is not targets()
+    assert len(made) == 3 * 2 + 2
+    alone = centring.balanced([logits], torch.eye(4), 0.05)[0]  # the step's only part: its kernel is kept
+    assert alone() is alone()
 
 
 def test_sinkhorn_uses_all_prototypes_alike():
@@ -135,7 +135,7 @@ def test_sinkhorn_uses_all_prototypes_alike():
 def test_centred_softmax():
     logits, center = torch.randn(5, 7), torch.randn(7)
     exps = torch.exp((logits.double() - center.double()) / 0.05)
-    targets = centring.targets(logits.clone, 0.05, center / 0.05)
+    targets = centring.targets(logits.clone, 0.05, center / 0.05)()
     assert_close(targets.double(), exps / exps.sum(1, keepdim=True), **CLOSE)
     assert_close(mean_logits(logits, center), logits.mean(0))
     points, prototypes = [torch.randn(n, 3) for n in (4, 0, 5)], torch.randn(7, 3)

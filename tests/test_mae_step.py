@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from beside import benchmark
 from test_mae import gradients
 from test_mae_decoder import SENTINEL, TINY, batch_of, random_values
 from torch import Tensor
@@ -26,12 +24,7 @@ from explora.schedules import Progress
 
 LATE = Progress(50, 100, 4, 400)
 SMALL = {"width": 32, "depth": 2, "heads": 2}
-PATH = Path(__file__).parents[1] / "benchmarks" / "baseline_mae.py"
-SPEC = importlib.util.spec_from_file_location("baseline_mae", PATH)
-assert SPEC is not None
-assert SPEC.loader is not None
-baseline_mae = sys.modules["baseline_mae"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(baseline_mae)
+baseline_mae = benchmark("baseline_mae")
 
 
 def made(lora: int | None, groups: Any = None, dtype: torch.dtype = torch.float64, **settings: Any) -> MAE:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
+from beside import benchmark
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "scaling_model.py"
-SPEC = importlib.util.spec_from_file_location("scaling_model", PATH)
-assert SPEC
-assert SPEC.loader
-model = sys.modules["scaling_model"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(model)
+model = benchmark("scaling_model")
 
 SHARDS = model.Method("shards", 2e12, 1.2e9, 2.4e9, 150, 5e9, 1.2e9, 84)
 REPLICAS = model.Method("replicas", 1.5e12, 1.7e8, 0, 0, 7e8, 1.2e9, 84)

@@ -24,14 +24,6 @@ ITERATIONS = 3
 """Of Sinkhorn's two divisions, as in DINOv2."""
 
 
-def kept(rows: Rows, keep: bool) -> Rows:
-    """The same rows, made now once and for all if they are to be kept, or else whenever they are asked for."""
-    if not keep:
-        return rows
-    made = rows()
-    return lambda: made
-
-
 class Kernel:
     """A positive matrix (N, K) up to factors of its rows, in blocks of rows: kept, or made anew each time."""
 
@@ -73,10 +65,9 @@ class Targets:
         return whole
 
 
-@torch.no_grad()
-def targets(logits: Rows, temperature: float, shift_K: Tensor) -> Tensor:
-    """softmax(logits / temperature - shift) in fp32 or wider."""
-    return Targets(Kernel(partial(_exponentials, logits, temperature, shift_K)))()
+def targets(logits: Rows, temperature: float, shift_K: Tensor) -> Targets:
+    """softmax(logits / temperature - shift), of logits that are made anew whenever they are asked for."""
+    return Targets(Kernel(partial(_exponentials, logits, temperature, shift_K)))
 
 
 @torch.no_grad()
@@ -90,8 +81,6 @@ def sinkhorn(parts: Sequence[Rows], temperature: float, iterations: int = ITERAT
     """
     first = _over_ranks(torch.stack([_log_sums(logits(), temperature) for logits in parts]).logsumexp(0))
     kernels = [Kernel(partial(_exponentials, logits, temperature, first)) for logits in parts]
-    if len(parts) == 1:
-        kernels = [Kernel(_whole(parts[0](), temperature, first))]
     scale = torch.ones_like(first)
     for _ in range(iterations - 1):
         scale = _rescaled(torch.stack([_mass(kernel, scale)[0] for kernel in kernels]).sum(0))
@@ -117,7 +106,7 @@ def shifted(points: Sequence[Tensor], prototypes_KC: Tensor, temperature: float,
     parts = _products(points, prototypes_KC)
     if len(parts) == 1:
         return [Targets(Kernel(_whole(parts[0](), temperature, shift_K)))]
-    return [Targets(Kernel(partial(_exponentials, logits, temperature, shift_K))) for logits in parts]
+    return [targets(logits, temperature, shift_K) for logits in parts]
 
 
 @torch.no_grad()
