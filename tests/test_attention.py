@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from explora.models import attention_cpu
 from explora.models.attention import Group, _block_diagonal, _block_diagonal_mask, attend
+from explora.models.attention_cpu import attend_in_pieces, plain_attention
 
 GROUPS = [Group(2, 5), Group(3, 2), Group(1, 7)]
 
@@ -30,6 +32,12 @@ def one_by_one(qkv_T3HK: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat(parts)
 
 
+def plain_by_group(qkv_T3HK: Tensor, groups: list[Group]) -> Tensor:
+    parts = qkv_T3HK.split([group.images * group.tokens for group in groups])
+    inputs = (part.unflatten(0, tuple(group)).permute(2, 0, 3, 1, 4) for part, group in zip(parts, groups, strict=True))
+    return torch.cat([plain_attention(*qkv).transpose(1, 2).flatten(0, 1) for qkv in inputs])
+
+
 def lengths_of(groups: list[Group]) -> list[int]:
     return [group.tokens for group in groups for _ in range(group.images)]
 
@@ -37,6 +45,30 @@ def lengths_of(groups: list[Group]) -> list[int]:
 def test_each_sequence_attends_to_itself_alone() -> None:
     qkv = random_qkv()
     torch.testing.assert_close(attend(qkv, GROUPS), one_by_one(qkv, lengths_of(GROUPS)))
+
+
+@pytest.mark.parametrize("at_once", [2**21, 200, 1])
+def test_attention_in_pieces_is_the_plain_one(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients, whether all sequences fit at once, some, or none; nothing is kept but its input."""
+    monkeypatch.setattr(attention_cpu, "_AT_ONCE", at_once)
+    whole, above = random_qkv(dtype=torch.float64), random_qkv(dtype=torch.float64)[:, 0]
+    found, gradients = [], []
+    for attention in (plain_by_group, attend_in_pieces):
+        qkv = whole.clone().requires_grad_()
+        found.append(attention(qkv, GROUPS))
+        gradients += torch.autograd.grad(found[-1], qkv, above, retain_graph=True)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+    assert [saved.shape for saved in found[1].grad_fn.saved_tensors] == [whole.shape]
+
+
+def test_attention_in_bf16_is_as_close_as_the_plain_one() -> None:
+    qkv = random_qkv(dtype=torch.bfloat16)
+    exact = plain_by_group(qkv.double(), GROUPS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(qkv, GROUPS)
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).norm() < 1.1 * (plain_by_group(qkv, GROUPS) - exact).norm()
 
 
 def test_xformers_is_told_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from explora.models.attention_cpu import attend_in_pieces
+
 logger = logging.getLogger("explora")
 
 
@@ -32,18 +34,17 @@ def attend(qkv_T3HK: Tensor, groups: Sequence[Group]) -> Tensor:
     Returns:
         (T, H, K) in the dtype of the values.
 
-    The kernel follows the device: xformers' block-diagonal kernel on CUDA where it is installed, explicit
-    batched products for bf16 on a CPU (whose fused kernel is slower in bf16 than in fp32), one fused
-    `scaled_dot_product_attention` per group otherwise.
+    The kernel follows the device: xformers' block-diagonal kernel on CUDA where it is installed, plain products
+    for bf16 on a CPU (`attend_in_pieces`), one fused `scaled_dot_product_attention` per group otherwise.
     """
     if qkv_T3HK.is_cuda and len(groups) > 1 and _has_xformers():
         return _block_diagonal(qkv_T3HK, groups)
-    explicit = qkv_T3HK.dtype == torch.bfloat16 and qkv_T3HK.device.type == "cpu"
-    attention = _explicit if explicit else scaled_dot_product_attention
+    if qkv_T3HK.dtype == torch.bfloat16 and qkv_T3HK.device.type == "cpu":
+        return attend_in_pieces(qkv_T3HK, groups)
     out = []
     for part in _parts(qkv_T3HK, groups):
         q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)
-        out.append(attention(q, k, v).transpose(1, 2).flatten(0, 1))
+        out.append(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -51,13 +52,6 @@ def _parts(qkv_T3HK: Tensor, groups: Sequence[Group]) -> Iterator[Tensor]:
     parts = qkv_T3HK.split([group.images * group.tokens for group in groups])
     for part, group in zip(parts, groups, strict=True):
         yield part.unflatten(0, (group.images, group.tokens))
-
-
-def _explicit(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor) -> Tensor:
-    # Autocast would widen the softmax, which works in fp32 as it is, and keep a copy of twice the size.
-    with torch.autocast(q_BHNK.device.type, enabled=False):
-        scores = (q_BHNK * q_BHNK.shape[-1] ** -0.5) @ k_BHNK.transpose(-2, -1)
-        return scores.softmax(-1) @ v_BHNK
 
 
 @cache

@@ -22,6 +22,9 @@ from timm.layers import Attention, apply_rot_embed_cat  # noqa: E402
 from timm.models.eva import EvaAttention, EvaBlock  # noqa: E402
 from timm.models.vision_transformer import Block  # noqa: E402
 
+_AT_ONCE = 2**21
+"""Numbers of a stream that pass the blocks at once on a CPU: the MLP's hidden ones are 16 MiB then in bf16."""
+
 
 class Layout(NamedTuple):
     """What a token axis is made of."""
@@ -29,6 +32,33 @@ class Layout(NamedTuple):
     groups: tuple[Group, ...]
     rope_TK: Tensor | None = None
     """Sines, then cosines, with which queries and keys of each token are rotated; None: not at all."""
+
+    def pieces(self, x_TD: Tensor) -> list[tuple[Tensor, Layout]]:
+        """The stream cut between images, so that on a CPU what each block makes of a piece stays in the cache."""
+        most = _AT_ONCE // x_TD.shape[1]
+        if x_TD.device.type != "cpu" or len(x_TD) <= most:
+            return [(x_TD, self)]
+        groups = [Group(n, group.tokens) for group in self.groups for n in _even(group.images, most // group.tokens)]
+        lengths = [group.images * group.tokens for group in groups]
+        ropes = [None] * len(groups) if self.rope_TK is None else self.rope_TK.split(lengths)
+        parts = zip(x_TD.split(lengths), groups, ropes, strict=True)
+        return [(part, Layout((group,), rope)) for part, group, rope in parts]
+
+
+def _even(images: int, most: int) -> list[int]:
+    """As few numbers of images as can be, of `most` or 1, about as many in each."""
+    pieces = -(-images // max(1, most))
+    return [images * (i + 1) // pieces - images * i // pieces for i in range(pieces)]
+
+
+def through(blocks: Sequence[nn.Module], x_TD: Tensor, layout: Layout, drop: float = 0.0) -> Tensor:
+    """The stream (T, D) after some blocks."""
+    parts = []
+    for part, piece in layout.pieces(x_TD):
+        for block in blocks:
+            part = block(part, piece, drop)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def known(block: nn.Module) -> bool:

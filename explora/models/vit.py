@@ -13,7 +13,7 @@ from explora.bands import Scaling
 from explora.errors import WeightsError
 from explora.models.architecture import Options, bands_of, covered, create, normalisation
 from explora.models.attention import Group
-from explora.models.blocks import Layout, packed
+from explora.models.blocks import Layout, packed, through
 from explora.models.channels import (
     ChannelGroups,
     by_group,
@@ -195,12 +195,17 @@ class ViT(nn.Module):
     def _run(self, x_TD: Tensor, layout: Layout, rows_R: Tensor | None = None) -> Tensor:
         """The stream after all blocks, or of it the rows that are wanted."""
         *earlier, last = self.blocks
-        for block in earlier:
-            x_TD = block(x_TD, layout, self._drop())
-        return last(x_TD, layout, self._drop(), None, rows_R)
+        return last(through(earlier, x_TD, layout, self._drop()), layout, self._drop(), None, rows_R)
 
     def _read(self, x_TD: Tensor, layout: Layout, last: int = 1) -> tuple[list[Tensor], list[Tensor]]:
         """The stream after each of the last blocks, and what readers found at each block, if there are any."""
+        found = [self._read_piece(part, piece, last) for part, piece in layout.pieces(x_TD)]
+        if len(found) == 1:
+            return found[0]
+        streams, read = ([torch.cat(parts) for parts in zip(*lists, strict=True)] for lists in zip(*found, strict=True))
+        return streams, read
+
+    def _read_piece(self, x_TD: Tensor, layout: Layout, last: int) -> tuple[list[Tensor], list[Tensor]]:
         streams: list[Tensor] = []
         read: list[Tensor] = []
         blocks: Any = self.blocks

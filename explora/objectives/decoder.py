@@ -16,7 +16,7 @@ from explora.config import Config
 from explora.errors import ConfigError, WeightsError
 from explora.models import ViT
 from explora.models.attention import Group
-from explora.models.blocks import Layout, decoder_blocks
+from explora.models.blocks import Layout, decoder_blocks, through
 from explora.models.channels import group_positions, group_tables, kept_patches
 from explora.models.positions import resample_positions, sincos_grid
 
@@ -132,8 +132,7 @@ class Decoder(nn.Module):
         x, layout = self._stream(tokens_BTD, keep_BM, grid)
         prefix, patches = tokens_BTD.shape[1] - keep_BM.shape[1], grid[0] * grid[1]
         *earlier, last = self.blocks
-        for block in earlier:
-            x = block(x, layout)
+        x = through(earlier, x, layout)
         if wanted is None:
             whole = self.norm(last(x, layout)).unflatten(0, layout.groups[0])
             parts = whole[:, prefix:].split(patches, 1)
