@@ -38,6 +38,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/accumulation.py
+	$(BIN)/python benchmarks/pieces.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/probe_schedule.py
