@@ -34,7 +34,7 @@ ATTENTION = {
 WIDTH = 64
 
 
-def features(vit: ViT, images: Tensor, at_once: float) -> Tensor:
+def features(vit: ViT, images: Tensor, at_once: int) -> Tensor:
     """The class tokens, with so many numbers of the stream at once."""
     kept, blocks._AT_ONCE = blocks._AT_ONCE, at_once
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -47,7 +47,7 @@ def compare_features() -> None:
     for name, number in FEATURES.items():
         torch.manual_seed(0)
         vit, images = build(name, 224).eval(), torch.randn(number, 3, 224, 224)
-        whole = partial(features, vit, images, float("inf"))
+        whole = partial(features, vit, images, sys.maxsize)
         pieces = partial(features, vit, images, blocks._AT_ONCE)
         torch.testing.assert_close(whole(), pieces(), rtol=1e-2, atol=1e-2)
         taken = in_turns(ROUNDS, {"whole": whole, "pieces": pieces}, warm_up=0)

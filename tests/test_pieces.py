@@ -10,6 +10,7 @@ from stage_folder import KINDS, tiny, trained
 from torch import Tensor
 from torch.testing import assert_close
 
+import explora.models.vit
 from explora.adapt import LoRA, Method, SynQT
 from explora.models import ViT, blocks
 from explora.models.attention import Group
@@ -41,6 +42,20 @@ def seen(vit: ViT, chosen: bool) -> tuple[list[Tensor], dict[str, Tensor | None]
     return [part.detach() for part in found], dict(zip(learns, gradients, strict=True))
 
 
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each piece from now on."""
+    lengths, cut = [], blocks.pieces
+
+    def listened(*given: Any) -> Any:
+        found = cut(*given)
+        lengths.extend(len(part) for part, _ in found)
+        return found
+
+    for module in (blocks, explora.models.vit):
+        monkeypatch.setattr(module, "pieces", listened)
+    return lengths
+
+
 def assert_same(one: Any, other: Any) -> None:
     assert_close(one, other, rtol=1e-9, atol=1e-11)
 
@@ -53,13 +68,11 @@ def test_pieces_give_what_the_whole_gives(
 ) -> None:
     vit = trained(tiny(kind), method)[0].double()
     expected = seen(vit, chosen)
-    entered = []
-    vit.blocks[0].register_forward_pre_hook(lambda _block, given: entered.append(len(given[0])))
     for tokens in CUTS:
         at_once(monkeypatch, tokens, vit.width)
+        cut = heard(monkeypatch)
         assert_same(seen(vit, chosen), expected)
-        assert max(entered) <= max(tokens, 32**2 // vit.patch_size**2 + vit.prefix_tokens)
-        entered.clear()
+        assert max(cut) <= max(tokens, 32**2 // vit.patch_size**2 + vit.prefix_tokens)
 
 
 def test_so_do_the_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,19 +82,41 @@ def test_so_do_the_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
     patches = (32 // vit.patch_size) ** 2
     batch = {"image": torch.randn(5, 3, 32, 32, dtype=torch.float64), "noise": torch.rand(5, patches)}
     learns = [p for p in objective.parameters() if p.requires_grad]
-    found = []
+    found, cut = [], heard(monkeypatch)
     for numbers in (2**21, 200):
+        cut.clear()
         monkeypatch.setattr(blocks, "_AT_ONCE", numbers)
         loss = objective(batch, 1.0, Progress(step=9, steps=10, batch=5, samples=50)).loss
         found.append((loss.detach(), torch.autograd.grad(loss, learns, allow_unused=True)))
+    assert len(cut) == 2 * 5
     assert_same(found[1], found[0])
+
+
+@torch.no_grad()
+def test_drop_path_and_hooks_see_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, lengths = tiny(), heard(monkeypatch)
+    at_once(monkeypatch, 17, vit.width)
+    images = [torch.randn(6, 3, 32, 32)]
+    vit(images)
+    assert lengths == [17] * 6
+    vit.train().drop_path = 0.5
+    vit(images)
+    vit.eval()
+    entered: list[int] = []
+    hook = vit.blocks[1].norm2.register_forward_pre_hook(lambda _norm, given: entered.append(len(given[0])))
+    vit(images)
+    hook.remove()
+    assert lengths == [17] * 6 + [6 * 17] * 2
+    assert entered == [6 * 17]
+    vit(images)
+    assert lengths[8:] == [17] * 6
 
 
 def test_pieces_are_even_and_hold_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_AT_ONCE", 4 * 30)
     layout = Layout((Group(7, 10), Group(2, 40), Group(5, 3)), torch.arange(165.0)[:, None])
     stream = torch.arange(165.0)[:, None].expand(165, 4)
-    pieces = layout.pieces(stream)
+    pieces = blocks.pieces([], stream, layout)
     assert [piece.groups for _, piece in pieces] == [
         *[(Group(2, 10),), (Group(2, 10),), (Group(3, 10),)],
         *[(Group(1, 40),), (Group(1, 40),), (Group(5, 3),)],
@@ -91,6 +126,6 @@ def test_pieces_are_even_and_hold_whole_images(monkeypatch: pytest.MonkeyPatch) 
         assert piece.rope_TK is not None
         assert torch.equal(piece.rope_TK[:, 0], part[:, 0])
     monkeypatch.setattr(blocks, "_AT_ONCE", 4 * 165)
-    ((whole, same),) = layout.pieces(stream)
+    ((whole, same),) = blocks.pieces([], stream, layout)
     assert whole is stream
     assert same is layout

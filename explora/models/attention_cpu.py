@@ -1,8 +1,7 @@
 """Attention in bf16 on a CPU, where plain products beat the fused kernel: a few images at a time, nothing large kept.
 
-`plain_attention` is the same for one crop size, which autograd differentiates. By hand, scores of so many images as
-the cache holds are there at once, and like the fused kernels' they are made again in the backward pass, which takes
-about as long as to read them; queries, keys and values are brought in order once, and gradients straight into theirs.
+`plain_attention` is the same for one crop size, which autograd differentiates. `_Attention` does it by hand: it holds
+the scores of only as many images as fit the cache, and makes them again in the backward pass, as fused kernels do.
 """
 
 from __future__ import annotations
@@ -68,11 +67,11 @@ def _pieces(tokens_TCHK: Tensor, groups: Sequence[tuple[int, int]]) -> Iterator[
     """Views (images, tokens, C, H, K) of as many images as may be there at once."""
     heads = tokens_TCHK.shape[2]
     for part, (images, tokens) in zip(tokens_TCHK.split([i * n for i, n in groups]), groups, strict=True):
-        yield from part.unflatten(0, (images, tokens)).split(max(1, _AT_ONCE // (heads * tokens**2)))
+        yield from part.unflatten(0, (images, tokens)).split(max(1, _AT_ONCE // (heads * max(1, tokens) ** 2)))
 
 
 def _heads_first(part_INCHK: Tensor) -> tuple[Tensor, ...]:
-    """C tensors (images x H, tokens, K), each in one piece of memory."""
+    """C tensors (images x H, tokens, K), in the order of products."""
     return part_INCHK.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)
 
 

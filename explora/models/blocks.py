@@ -7,7 +7,7 @@ from outside.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,32 +33,45 @@ class Layout(NamedTuple):
     rope_TK: Tensor | None = None
     """Sines, then cosines, with which queries and keys of each token are rotated; None: not at all."""
 
-    def pieces(self, x_TD: Tensor) -> list[tuple[Tensor, Layout]]:
-        """The stream cut between images, so that on a CPU what each block makes of a piece stays in the cache."""
-        most = _AT_ONCE // x_TD.shape[1]
-        if x_TD.device.type != "cpu" or len(x_TD) <= most:
-            return [(x_TD, self)]
-        groups = [Group(n, group.tokens) for group in self.groups for n in _even(group.images, most // group.tokens)]
-        lengths = [group.images * group.tokens for group in groups]
-        ropes = [None] * len(groups) if self.rope_TK is None else self.rope_TK.split(lengths)
-        parts = zip(x_TD.split(lengths), groups, ropes, strict=True)
-        return [(part, Layout((group,), rope)) for part, group, rope in parts]
-
-
-def _even(images: int, most: int) -> list[int]:
-    """As few numbers of images as can be, of `most` or 1, about as many in each."""
-    pieces = -(-images // max(1, most))
-    return [images * (i + 1) // pieces - images * i // pieces for i in range(pieces)]
-
 
 def through(blocks: Sequence[nn.Module], x_TD: Tensor, layout: Layout, drop: float = 0.0) -> Tensor:
     """The stream (T, D) after some blocks."""
     parts = []
-    for part, piece in layout.pieces(x_TD):
+    for part, piece in pieces(blocks, x_TD, layout, drop):
         for block in blocks:
             part = block(part, piece, drop)
         parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def pieces(blocks: Iterable[nn.Module], x_TD: Tensor, layout: Layout, drop: float = 0.0) -> list[tuple[Tensor, Layout]]:
+    """The stream cut between images, so that on a CPU what each block makes of a piece stays in the cache.
+
+    It stays whole under drop path, whose rate a few images cannot keep, and where a block has hooks: they are there to
+    see all of a pass, or to gather a block's weights for it.
+    """
+    most = _AT_ONCE // x_TD.shape[1]
+    if x_TD.device.type != "cpu" or len(x_TD) <= most or drop > 0 or any(map(_hooked, blocks)):
+        return [(x_TD, layout)]
+    groups = [
+        Group(images, group.tokens)
+        for group in layout.groups
+        for images in _even(group.images, most // max(1, group.tokens))
+    ]
+    lengths = [group.images * group.tokens for group in groups]
+    ropes = [None] * len(groups) if layout.rope_TK is None else layout.rope_TK.split(lengths)
+    parts = zip(x_TD.split(lengths), groups, ropes, strict=True)
+    return [(part, Layout((group,), rope)) for part, group, rope in parts]
+
+
+def _hooked(block: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+
+
+def _even(images: int, most: int) -> list[int]:
+    """Images split as evenly as can be into the fewest parts of at most `most`, and at least one, each."""
+    parts = -(-images // max(1, most))
+    return [images * (i + 1) // parts - images * i // parts for i in range(parts)]
 
 
 def known(block: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from explora.bands import Scaling
 from explora.errors import WeightsError
 from explora.models.architecture import Options, bands_of, covered, create, normalisation
 from explora.models.attention import Group
-from explora.models.blocks import Layout, packed, through
+from explora.models.blocks import Layout, packed, pieces, through
 from explora.models.channels import (
     ChannelGroups,
     by_group,
@@ -199,7 +199,8 @@ class ViT(nn.Module):
 
     def _read(self, x_TD: Tensor, layout: Layout, last: int = 1) -> tuple[list[Tensor], list[Tensor]]:
         """The stream after each of the last blocks, and what readers found at each block, if there are any."""
-        found = [self._read_piece(part, piece, last) for part, piece in layout.pieces(x_TD)]
+        cut = pieces(self.blocks, x_TD, layout, self._drop())
+        found = [self._read_piece(part, piece, last) for part, piece in cut]
         if len(found) == 1:
             return found[0]
         streams, read = ([torch.cat(parts) for parts in zip(*lists, strict=True)] for lists in zip(*found, strict=True))
