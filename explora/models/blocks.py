@@ -51,7 +51,8 @@ def pieces(blocks: Iterable[nn.Module], x_TD: Tensor, layout: Layout, drop: floa
     see all of a pass, or to gather a block's weights for it.
     """
     most = _AT_ONCE // x_TD.shape[1]
-    if x_TD.device.type != "cpu" or len(x_TD) <= most or drop > 0 or any(map(_hooked, blocks)):
+    whole = x_TD.device.type != "cpu" or drop > 0 or torch.compiler.is_compiling()  # an export is for any batch
+    if whole or len(x_TD) <= most or any(map(_hooked, blocks)):
         return [(x_TD, layout)]
     groups = [
         Group(images, group.tokens)
