@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from baseline_mae import OfficialMAE
+from peft_mae import PeftMAE
 from timing import gemm_peak, in_turns, peak_memory, ratio, steady
 from torch import Tensor
 
@@ -139,10 +140,19 @@ def ours(setting: Setting, precision: Precision, rank: int | None) -> Step:
     return partial(Ours(setting, precision, rank).step, setting.data())
 
 
+def peft(setting: Setting) -> Step:
+    """The step of `transformers` and `peft`, after a look whether its loss is the official one."""
+    made, batch = PeftMAE(objective(setting, DECODER_RANK)), setting.data()
+    right = OfficialMAE(objective(setting, DECODER_RANK))(batch["image"], batch["noise"])
+    assert abs(made.loss(batch, torch.float32) / right - 1) < 1e-5, "the sides compute other losses"
+    return partial(made.step, batch, torch.bfloat16)
+
+
 TRAINED, LOW_RANK = "explora bf16, decoder trained", "explora bf16, decoder LoRA"
 SIDES: dict[str, Callable[[Setting], Step]] = {
     "official fp32": partial(official, precision="fp32"),
     "official bf16": partial(official, precision="bf16"),
+    "transformers + peft bf16": peft,
     TRAINED: partial(ours, precision="bf16", rank=None),
     LOW_RANK: partial(ours, precision="bf16", rank=DECODER_RANK),
 }
