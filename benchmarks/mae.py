@@ -142,8 +142,11 @@ def ours(setting: Setting, precision: Precision, rank: int | None) -> Step:
 
 def peft(setting: Setting) -> Step:
     """The step of `transformers` and `peft`, after a look whether its loss is the official one."""
-    made, batch = PeftMAE(objective(setting, DECODER_RANK)), setting.data()
-    right = OfficialMAE(objective(setting, DECODER_RANK))(batch["image"], batch["noise"])
+    adapted, batch = objective(setting, DECODER_RANK), setting.data()
+    made = PeftMAE(adapted)
+    right = OfficialMAE(adapted)(batch["image"], batch["noise"])
+    sizes = [sum(p.numel() for p in side.parameters() if p.requires_grad) for side in (made.model, adapted)]
+    assert sizes[0] == sizes[1], f"the sides train other numbers of parameters: {sizes}"
     assert abs(made.loss(batch, torch.float32) / right - 1) < 1e-5, "the sides compute other losses"
     return partial(made.step, batch, torch.bfloat16)
 

@@ -55,13 +55,7 @@ def compare_features() -> None:
         print(f"features, {name}, {number} images: {speed}, {ratio(taken['whole'], taken['pieces'], 2)} times as fast")
 
 
-def by_size(qkv_T3HK: Tensor, groups: tuple[Group, ...]) -> Tensor:
-    """The plain one, a crop size at a time."""
-    found = []
-    for part, group in zip(qkv_T3HK.split([group.images * group.tokens for group in groups]), groups, strict=True):
-        q, k, v = part.unflatten(0, tuple(group)).permute(2, 0, 3, 1, 4)
-        found.append(plain_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-    return torch.cat(found)
+SIDES = {"plain": plain_attention, "pieces": attend_in_pieces}
 
 
 def compare_attention() -> None:
@@ -87,9 +81,6 @@ def passed(way: Callable[[], Any], attention: Callable[..., Tensor], qkv: Tensor
     with way():
         found = attention(qkv, groups)
     return torch.autograd.grad(found, qkv, above)[0] if found.requires_grad else found
-
-
-SIDES = {"plain": by_size, "pieces": attend_in_pieces}
 
 
 def kept_mib(attention: Callable[..., Tensor], qkv: Tensor, groups: tuple[Group, ...]) -> float:

@@ -32,12 +32,6 @@ def one_by_one(qkv_T3HK: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat(parts)
 
 
-def plain_by_group(qkv_T3HK: Tensor, groups: list[Group]) -> Tensor:
-    parts = qkv_T3HK.split([group.images * group.tokens for group in groups])
-    inputs = (part.unflatten(0, tuple(group)).permute(2, 0, 3, 1, 4) for part, group in zip(parts, groups, strict=True))
-    return torch.cat([plain_attention(*qkv).transpose(1, 2).flatten(0, 1) for qkv in inputs])
-
-
 def lengths_of(groups: list[Group]) -> list[int]:
     return [group.tokens for group in groups for _ in range(group.images)]
 
@@ -53,7 +47,7 @@ def test_attention_in_pieces_is_the_plain_one(at_once: int, monkeypatch: pytest.
     monkeypatch.setattr(attention_cpu, "_AT_ONCE", at_once)
     whole, above = random_qkv(dtype=torch.float64), random_qkv(dtype=torch.float64)[:, 0]
     found, gradients = [], []
-    for attention in (plain_by_group, attend_in_pieces):
+    for attention in (plain_attention, attend_in_pieces):
         qkv = whole.clone().requires_grad_()
         found.append(attention(qkv, GROUPS))
         gradients += torch.autograd.grad(found[-1], qkv, above, retain_graph=True)
@@ -64,11 +58,11 @@ def test_attention_in_pieces_is_the_plain_one(at_once: int, monkeypatch: pytest.
 
 def test_attention_in_bf16_is_as_close_as_the_plain_one() -> None:
     qkv = random_qkv(dtype=torch.bfloat16)
-    exact = plain_by_group(qkv.double(), GROUPS)
+    exact = plain_attention(qkv.double(), GROUPS)
     with torch.autocast("cpu", torch.bfloat16):
         found = attend(qkv, GROUPS)
     assert found.dtype == torch.bfloat16
-    assert (found - exact).norm() < 1.1 * (plain_by_group(qkv, GROUPS) - exact).norm()
+    assert (found - exact).norm() < 1.1 * (plain_attention(qkv, GROUPS) - exact).norm()
 
 
 def test_xformers_is_told_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from explora.adapt import LoRA, adapt
 from explora.evaluation import Features
 from explora.evaluation.pictures import attention_pictures, class_attention, embedding_map, subsample
-from explora.models import ViT, build
+from explora.models import ViT, blocks, build
 from explora.models.vit import timm
 
 ARCHITECTURES = {
@@ -43,6 +43,13 @@ def test_attention_is_that_of_timm(name: str, options: dict[str, object]) -> Non
     expected = timms_attention(vit, images)[:, :, 0, vit.prefix_tokens :].mean(1).unflatten(1, (4, 4))
     torch.testing.assert_close(class_attention(vit, images), expected)
     assert not vit.blocks[-1]._forward_pre_hooks
+
+
+def test_no_image_is_lost_where_large_batches_pass_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, images = tiny(), torch.randn(5, 3, SIZE, SIZE)
+    expected = class_attention(vit, images)
+    monkeypatch.setattr(blocks, "_AT_ONCE", 1)
+    torch.testing.assert_close(class_attention(vit, images), expected)
 
 
 def test_attention_of_an_adapted_backbone_and_another_shape() -> None:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from explora.adapt import Norms, adapt
 from explora.errors import ConfigError
 from explora.incremental.norms import Pass, TaskNorm, plain_names, put_on
-from explora.models import Loaded, ViT, build
+from explora.models import Loaded, ViT, blocks, build
 from explora.schedules import Progress
 from explora.stages import finetune
 from explora.stages.continual_config import ContinualConfig
@@ -141,6 +141,15 @@ def test_a_mixed_batch_is_its_images_one_by_one() -> None:
     for number, image in enumerate(images()):
         assert_close(cls(vit, image[None])[0], together[number], atol=1e-5, rtol=1e-5)
         assert torch.equal(torch.cat(passing.chosen), chosen[:, number])
+
+
+def test_so_it_is_where_large_batches_pass_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, passing = holding(tasks(3))
+    passing.chooses = True
+    expected, chosen = cls(vit, images()), torch.stack(passing.chosen)
+    monkeypatch.setattr(blocks, "_AT_ONCE", 1)
+    assert_close(cls(vit, images()), expected)
+    assert torch.equal(torch.stack(passing.chosen), chosen)
 
 
 def test_forced_it_is_a_plain_model_with_the_scales_of_the_task() -> None:

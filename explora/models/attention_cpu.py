@@ -1,7 +1,7 @@
 """Attention in bf16 on a CPU, where plain products beat the fused kernel: a few images at a time, nothing large kept.
 
-`plain_attention` is the same for one crop size, which autograd differentiates. `_Attention` does it by hand: it holds
-the scores of only as many images as fit the cache, and makes them again in the backward pass, as fused kernels do.
+`plain_attention` is the same, which autograd differentiates. `_Attention` does it by hand: it holds the scores of only
+as many images as fit the cache, and makes them again in the backward pass, as fused kernels do.
 """
 
 from __future__ import annotations
@@ -17,12 +17,6 @@ _AT_ONCE = 2**21
 """Scores that are there at once: 4 MiB."""
 
 
-def plain_attention(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor) -> Tensor:
-    """Scaled dot-product attention, all at once: (B, H, N, K)."""
-    scores = (q_BHNK * q_BHNK.shape[-1] ** -0.5) @ k_BHNK.mT
-    return scores.softmax(-1) @ v_BHNK
-
-
 def attend_in_pieces(qkv_T3HK: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
     """Attention inside each of the sequences that a token axis is made of: (T, H, K).
 
@@ -30,6 +24,16 @@ def attend_in_pieces(qkv_T3HK: Tensor, groups: Sequence[tuple[int, int]]) -> Ten
         groups: images and tokens of each; T = sum of images x tokens.
     """
     return _Attention.apply(qkv_T3HK, tuple(groups))
+
+
+def plain_attention(qkv_T3HK: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+    """What `attend_in_pieces` gives, each crop size all at once."""
+    found = []
+    for part, group in zip(qkv_T3HK.split([i * n for i, n in groups]), groups, strict=True):
+        q, k, v = part.unflatten(0, group).permute(2, 0, 3, 1, 4)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        found.append((scores.softmax(-1) @ v).transpose(1, 2).flatten(0, 1))
+    return torch.cat(found)
 
 
 class _Attention(torch.autograd.Function):

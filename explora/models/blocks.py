@@ -66,7 +66,8 @@ def pieces(blocks: Iterable[nn.Module], x_TD: Tensor, layout: Layout, drop: floa
 
 
 def _hooked(block: nn.Module) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, kind) for module in block.modules() for kind in kinds)
 
 
 def _even(images: int, most: int) -> list[int]:
